@@ -1,0 +1,38 @@
+# make demo   install, train, evaluate and report on the embedded dataset
+# make test   install and run the tests (DETECTRON2_SRC=<checkout> for those of a Detectron2 checkout)
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.bn_detection
+DEMO_DIR ?= output/demo
+
+# A checkout of Detectron2 to use in place of the installed one.
+ifdef DETECTRON2_SRC
+export PYTHONPATH := $(abspath $(DETECTRON2_SRC))$(if $(PYTHONPATH),:$(PYTHONPATH))
+endif
+
+.PHONY: install demo test lint clean
+
+install: $(STAMP)
+
+$(STAMP): setup.py constraints.txt tools/install_detectron2.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    --constraint constraints.txt setuptools --editable ".[dev]"
+	$(BIN)/python tools/install_detectron2.py
+	touch $@
+
+demo: install
+	$(BIN)/python tools/demo.py --output-dir $(DEMO_DIR)
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) output datasets build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,66 @@
+"""Running statistics averaged over the workers."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@torch.no_grad()
+def average_running_statistics(model: nn.Module) -> None:
+    """Give all workers the mean of their running statistics, in place and in one collective.
+
+    Each worker's EMA has equal weight; a worker whose layer has not yet seen a sample has none.
+    Every worker of the default process group must call it. With one process nothing changes.
+
+    Args:
+        model: its BatchNorm layers (any subclass of torch's) that track statistics take part.
+    """
+    if comm.get_world_size() == 1:
+        return
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not layers:
+        return
+    device = layers[0].running_mean.device
+    parts = []
+    for layer in layers:
+        seen = layer.num_batches_tracked.double().reshape(1)
+        values = torch.cat([seen, layer.running_mean.double(), layer.running_var.double()])
+        weight = (seen > 0).double()
+        parts += [weight, values * weight]
+    flat = torch.cat(parts).to(device)
+    dist.all_reduce(flat)
+    sizes = [size for layer in layers for size in (1, 1, layer.num_features, layer.num_features)]
+    pieces = iter(flat.split(sizes))
+    for layer in layers:
+        weight, seen, mean, var = (next(pieces) for _ in range(4))
+        if weight > 0:
+            layer.num_batches_tracked.copy_((seen / weight).round().long().squeeze())
+            layer.running_mean.copy_(mean / weight)
+            layer.running_var.copy_(var / weight)
+
+
+class AverageStatistics(HookBase):
+    """Averages the running statistics over the workers before each evaluation and checkpoint.
+
+    Stock Detectron2 saves those of worker 0 and evaluates each worker's images with its own.
+    Register it before the hooks that save and evaluate, on every worker.
+
+    Args:
+        model: the model, on this worker.
+        periods: the periods, in iterations, of evaluation and checkpoints; 0 for none. The last
+            iteration is always one.
+    """
+
+    def __init__(self, model: nn.Module, periods: tuple[int, ...]) -> None:
+        self._model = model
+        self._periods = [period for period in periods if period > 0]
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done == self.trainer.max_iter or any(done % period == 0 for period in self._periods):
+            average_running_statistics(self._model)

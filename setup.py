@@ -1,0 +1,47 @@
+"""Package metadata. Versions here are ranges; constraints.txt pins those the tests ran with."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (HERE / "bn_detection/__init__.py").read_text(), re.MULTILINE
+)[1]
+
+setup(
+    name="bn_detection",
+    version=VERSION,
+    description="BatchNorm in detectors: measure what leaks and what is stale, and cure it",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["bn_detection", "bn_detection.*"]),
+    python_requires=">=3.10",
+    # Detectron2 itself is not on the package index: tools/install_detectron2.py installs it. What
+    # it needs at run time is listed here, because that tool installs it without dependencies.
+    install_requires=[
+        "torch>=2.1",
+        "torchvision>=0.16",
+        "numpy>=1.24",
+        "Pillow>=9.1",
+        "faster-coco-eval>=1.6",
+        "matplotlib>=3.6",
+        "pycocotools>=2.0.6",
+        "fvcore>=0.1.5,<0.1.6",
+        "iopath>=0.1.7,<0.1.10",
+        "omegaconf>=2.1,<2.4",
+        "hydra-core>=1.1",
+        "opencv-python-headless>=4.6",
+        "cloudpickle",
+        "packaging",
+        "psutil",
+        "tabulate",
+        "tensorboard",
+        "termcolor>=1.1",
+        "tqdm>=4.29",
+        "yacs>=0.1.8",
+    ],
+    extras_require={"dev": ["pytest>=7", "pytest-timeout>=2.1", "ruff>=0.5"]},
+)
