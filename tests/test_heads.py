@@ -76,7 +76,7 @@ def test_no_rois(head: str, norm: str) -> None:
 
 @pytest.mark.parametrize("head", ["box", "mask"])
 def test_unknown_norm_lists_the_choices(head: str) -> None:
-    with pytest.raises(ValueError, match='NORM is "LayerNorm".*"ShuffleBN"'):
+    with pytest.raises(ValueError, match=r'NORM is "LayerNorm".*"ShuffleBN"'):
         build(head, "LayerNorm")
 
 

@@ -32,7 +32,7 @@ class BNConvFCHead(ShuffledHead, FastRCNNConvFCHead):
 
     Same layers, names and state_dict. With ``ShuffleBN``, RoIs are shuffled across workers during
     training (*Rethinking "Batch" in BatchNorm*, Sec. 5.3): every worker must call the head, with
-    any number of RoIs, inside a training loop of Detectron2 (the event storage gives the iteration).
+    any number of RoIs, inside a Detectron2 training loop (its event storage gives the iteration).
     """
 
     @configurable

@@ -1,4 +1,4 @@
-"""The one normalization layer: BatchNorm whose normalization batch is a partition of the samples."""
+"""The one normalization layer: BatchNorm whose normalization batch is a part of a partition."""
 
 from __future__ import annotations
 

@@ -1,0 +1,29 @@
+"""Datasets: the generator of LeakyShapes, COCO-format files from a config, and loaders."""
+
+from .builtin import register_builtin
+from .coco_json import check_datasets, check_num_classes, register_coco_json
+from .leaky_shapes import (
+    LeakyShapesConfig,
+    draw_image,
+    honest_accuracy_limit,
+    make_leaky_shapes,
+)
+from .loaders import build_test_loader, build_train_loader
+from .unreadable import ReadableLoader, SkipUnreadable, read_unreadable, report_unreadable
+
+__all__ = [
+    "LeakyShapesConfig",
+    "ReadableLoader",
+    "SkipUnreadable",
+    "build_test_loader",
+    "build_train_loader",
+    "check_datasets",
+    "check_num_classes",
+    "draw_image",
+    "honest_accuracy_limit",
+    "make_leaky_shapes",
+    "read_unreadable",
+    "register_builtin",
+    "register_coco_json",
+    "report_unreadable",
+]

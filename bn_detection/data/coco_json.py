@@ -1,0 +1,213 @@
+"""COCO-format datasets named in a config, and checks of datasets before anything is trained."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+
+from ..config import ConfigError
+
+_KEY = "DATASETS.COCO_JSON"
+_EXPECTED = "expected [name, annotations.json, image root]"
+_REQUIRED = ("images", "annotations", "categories")
+_NUM_SAMPLED_IMAGES = 20
+
+_NUM_CLASSES_KEYS = {
+    "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
+    "PanopticFPN": "MODEL.ROI_HEADS.NUM_CLASSES",
+    "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
+}
+
+_PATH_METADATA = (
+    "json_file",
+    "image_root",
+    "image_dir",
+    "gt_dir",
+    "dirname",
+    "panoptic_json",
+    "panoptic_root",
+    "sem_seg_root",
+)
+"""The metadata in which Detectron2's builtin datasets keep where their files are."""
+
+
+def register_coco_json(entries: Sequence[Sequence[str]]) -> None:
+    """Register the datasets of ``DATASETS.COCO_JSON`` with Detectron2's catalogs.
+
+    Their contents are read when a dataset is loaded, not now. An entry that is registered already
+    is passed over.
+
+    Args:
+        entries: ``[name, annotations, image root]`` each. ``~`` and environment variables are
+            expanded; relative paths are relative to the working directory.
+
+    Raises:
+        ConfigError: an entry is malformed, its annotations or image root do not exist, or its name
+            is that of another dataset. Loading it raises ConfigError if the annotations are not
+            in COCO's format or the images are not under the image root.
+    """
+    if isinstance(entries, str):
+        raise ConfigError(f"{_KEY} is {entries!r}; expected a list of [name, annotations, root].")
+    for entry in entries:
+        _register(entry)
+
+
+def _register(entry: Sequence[str]) -> None:
+    if (
+        not isinstance(entry, list | tuple)
+        or len(entry) != 3
+        or not all(isinstance(part, str) and part for part in entry)
+    ):
+        raise ConfigError(f"{_KEY}: the entry {entry!r} is malformed; {_EXPECTED}, all strings.")
+    name = entry[0]
+    json_file, image_root = (
+        os.path.abspath(os.path.expanduser(os.path.expandvars(path))) for path in entry[1:]
+    )
+    where = f'{_KEY}: dataset "{name}"'
+    if name in DatasetCatalog:
+        metadata = MetadataCatalog.get(name)
+        there = metadata.get("json_file"), metadata.get("image_root")
+        if there == (json_file, image_root):
+            return
+        raise ConfigError(
+            f"{where} is registered already, with annotations {there[0]} and image root "
+            f"{there[1]}. Give this one another name."
+        )
+    if not os.path.isfile(json_file):
+        raise ConfigError(f"{where}: the annotations {json_file} do not exist (or are no file).")
+    if not os.path.isdir(image_root):
+        raise ConfigError(f"{where}: the image root {image_root} does not exist (or is no folder).")
+    DatasetCatalog.register(name, partial(_load, json_file, image_root, name))
+    MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root, evaluator_type="coco")
+
+
+def _load(json_file: str, image_root: str, name: str) -> list[dict[str, Any]]:
+    where = f'{_KEY}: dataset "{name}": {json_file}'
+    try:
+        dicts = load_coco_json(json_file, image_root, name)
+    except Exception as error:
+        reason = _what_is_wrong(json_file) or f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{where} cannot be used: {reason}") from error
+    if not any(record["annotations"] for record in dicts):
+        reason = _what_is_wrong(json_file)
+        if reason:
+            raise ConfigError(f"{where} cannot be used: {reason}")
+    sample = dicts[:: -(-len(dicts) // _NUM_SAMPLED_IMAGES)]
+    if not any(os.path.exists(record["file_name"]) for record in sample):
+        raise ConfigError(
+            f'{_KEY}: dataset "{name}": none of {len(sample)} sampled images exists under the '
+            f"image root {image_root}; the first one would be {sample[0]['file_name']}."
+        )
+    return dicts
+
+
+def _what_is_wrong(json_file: str) -> str | None:
+    """What keeps a file from being COCO's format, or None if its outline is that of COCO."""
+    try:
+        content = json.loads(Path(json_file).read_bytes())
+    except ValueError as error:
+        return f"it is not JSON ({error})."
+    if not isinstance(content, dict):
+        return f"it holds a {type(content).__name__}; COCO's format is an object."
+    for key in _REQUIRED:
+        if not isinstance(content.get(key), list):
+            return (
+                f'it has no list "{key}"; COCO\'s format needs "images", "annotations" (empty for '
+                'images without labels) and "categories".'
+            )
+    empty = [key for key in ("images", "categories") if not content[key]]
+    return f'its list "{empty[0]}" is empty.' if empty else None
+
+
+def check_datasets(
+    cfg: CfgNode, train_names: Iterable[str], num_classes_key: str | None = None
+) -> None:
+    """Check the datasets that a job needs, before it starts.
+
+    A dataset of DATASETS.TEST whose class names are not known yet is loaded to know them. For those
+    of ``train_names`` :func:`check_num_classes` can tell once they have been loaded.
+
+    Args:
+        cfg: the config, its DATASETS.COCO_JSON registered.
+        train_names: datasets to be trained on: DATASETS.TRAIN, or none to only evaluate.
+        num_classes_key: the key that holds the model's number of classes; by default that of
+            MODEL.META_ARCHITECTURE, if it is one of Detectron2's.
+
+    Raises:
+        ConfigError: a name is not registered, files of a dataset are missing, or its number of
+            classes is not the model's.
+    """
+    train_names = list(train_names)
+    for key, names in (("DATASETS.TRAIN", train_names), ("DATASETS.TEST", cfg.DATASETS.TEST)):
+        for name in names:
+            _check_registered(key, name)
+            _check_files(key, name)
+    for name in cfg.DATASETS.TEST:
+        if num_classes_key is None and cfg.MODEL.META_ARCHITECTURE not in _NUM_CLASSES_KEYS:
+            continue
+        if MetadataCatalog.get(name).get("thing_classes") is None:
+            DatasetCatalog.get(name)
+    for name in (*train_names, *cfg.DATASETS.TEST):
+        check_num_classes(cfg, name, num_classes_key)
+
+
+def _check_registered(key: str, name: str) -> None:
+    if name in DatasetCatalog:
+        return
+    near = difflib.get_close_matches(name, DatasetCatalog.keys(), n=5)
+    hint = f"Registered names like it: {', '.join(near)}." if near else "No such name is known."
+    raise ConfigError(
+        f'{key}: there is no dataset "{name}". {hint} {_KEY} registers datasets in COCO\'s format.'
+    )
+
+
+def _check_files(key: str, name: str) -> None:
+    metadata = MetadataCatalog.get(name)
+    for attribute in _PATH_METADATA:
+        path = metadata.get(attribute)
+        if isinstance(path, str) and "://" not in path and not os.path.exists(path):
+            root = os.environ.get("DETECTRON2_DATASETS")
+            state = f"now {root}" if root else 'not set, so "datasets" is used'
+            raise ConfigError(
+                f'{key}: dataset "{name}": {os.path.abspath(path)} does not exist. Detectron2 '
+                "looks for its builtin datasets under the folder that the environment variable "
+                f"DETECTRON2_DATASETS names ({state})."
+            )
+
+
+def check_num_classes(cfg: CfgNode, name: str, num_classes_key: str | None = None) -> None:
+    """Check that a dataset has as many classes as the model.
+
+    Passes if the dataset's class names are not known (it has not been loaded, or has none), or if
+    no key says how many classes the model has.
+
+    Args:
+        cfg: the config.
+        name: of a registered dataset.
+        num_classes_key: as in :func:`check_datasets`.
+
+    Raises:
+        ConfigError: names the key, the dataset, both numbers and the classes.
+    """
+    key = num_classes_key or _NUM_CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE)
+    classes = MetadataCatalog.get(name).get("thing_classes")
+    if key is None or classes is None:
+        return
+    num_classes: Any = cfg
+    for part in key.split("."):
+        num_classes = num_classes[part]
+    if len(classes) != num_classes:
+        shown = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+        raise ConfigError(
+            f'{key} is {num_classes}, and the dataset "{name}" has {len(classes)} classes '
+            f"({shown}). Set {key} {len(classes)}."
+        )

@@ -1,0 +1,75 @@
+"""Data loaders that check what they load and pass over images that cannot be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+
+from .coco_json import check_num_classes
+from .unreadable import Mapper, ReadableLoader, SkipUnreadable
+
+
+def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> Iterable[list[dict]]:
+    """Detectron2's training loader for DATASETS.TRAIN.
+
+    Args:
+        cfg: the config.
+        mapper: instead of Detectron2's ``DatasetMapper(cfg, True)``.
+
+    Returns:
+        An endless iterable over batches of this worker: lists of dicts.
+
+    Raises:
+        ConfigError: a dataset's number of classes is not the model's. Iterating raises ConfigError
+            if no image can be read.
+    """
+    dicts = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=(
+            cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+        ),
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+    for name in cfg.DATASETS.TRAIN:
+        check_num_classes(cfg, name)
+    skipping = SkipUnreadable(
+        mapper or DatasetMapper(cfg, True),
+        cfg.OUTPUT_DIR,
+        dataset=", ".join(cfg.DATASETS.TRAIN),
+        num_images=len(dicts),
+    )
+    return build_detection_train_loader(cfg, mapper=skipping, dataset=dicts)
+
+
+def build_test_loader(
+    cfg: CfgNode, dataset_name: str, mapper: Mapper | None = None
+) -> Iterable[list[dict[str, Any]]]:
+    """Detectron2's test loader for one dataset, without the images that cannot be read.
+
+    Args:
+        cfg: the config.
+        dataset_name: of a registered dataset.
+        mapper: instead of Detectron2's ``DatasetMapper(cfg, False)``.
+
+    Returns:
+        An iterable with a length, over the batches of this worker: lists of dicts.
+
+    Raises:
+        ConfigError: the dataset's number of classes is not the model's. Iterating raises
+            ConfigError if no image can be read.
+    """
+    skipping = SkipUnreadable(
+        mapper or DatasetMapper(cfg, False), cfg.OUTPUT_DIR, dataset=dataset_name
+    )
+    loader = build_detection_test_loader(cfg, dataset_name, mapper=skipping)
+    check_num_classes(cfg, dataset_name)
+    return ReadableLoader(loader, dataset_name)

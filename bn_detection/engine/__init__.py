@@ -1,0 +1,25 @@
+"""From a command line to a trained and evaluated model."""
+
+from .checkpoint import AtomicCheckpointer
+from .checks import check_config
+from .evaluation import COCOEvaluator, build_evaluator
+from .launch import WorkerError, argument_parser, launch, run
+from .setup import load_config, preflight, setup
+from .trainer import Trainer, evaluate, train
+
+__all__ = [
+    "AtomicCheckpointer",
+    "COCOEvaluator",
+    "Trainer",
+    "WorkerError",
+    "argument_parser",
+    "build_evaluator",
+    "check_config",
+    "evaluate",
+    "launch",
+    "load_config",
+    "preflight",
+    "run",
+    "setup",
+    "train",
+]

@@ -1,0 +1,132 @@
+"""From a command line to a configuration that makes sense."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from ..config import ConfigError, add_bn_detection_config
+from ..data import check_datasets, register_builtin, register_coco_json
+from .checks import check_config, last_checkpoint
+
+_VERSIONED = ("bn_detection", "detectron2", "torch", "torchvision", "fvcore", "numpy")
+
+
+def load_config(args: argparse.Namespace) -> CfgNode:
+    """The config of ``--config-file`` and the ``KEY VALUE`` overrides.
+
+    Args:
+        args: of :func:`bn_detection.engine.argument_parser`.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key or the type of a value is wrong.
+    """
+    cfg = get_cfg()
+    add_bn_detection_config(cfg)
+    if args.config_file:
+        if not os.path.isfile(args.config_file):
+            raise ConfigError(f"--config-file {args.config_file}: there is no such file.")
+        _merge(cfg.merge_from_file, args.config_file, f"--config-file {args.config_file}")
+    _merge(cfg.merge_from_list, args.opts, "KEY VALUE overrides")
+    return cfg
+
+
+def _merge(merge: Callable[[Any], None], source: Any, name: str) -> None:
+    try:
+        merge(source)
+    except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
+        reason = error.args[0] if error.args else repr(error)
+        raise ConfigError(f"{name}: {reason}") from error
+
+
+def preflight(args: argparse.Namespace) -> str:
+    """Refuse a job that cannot work, before a worker starts.
+
+    Args:
+        args: of :func:`bn_detection.engine.argument_parser`.
+
+    Returns:
+        The device to launch workers for: MODEL.DEVICE.
+
+    Raises:
+        ConfigError: names the key or flag, its value, and what would be right.
+    """
+    cfg = load_config(args)
+    num_workers = int(os.environ.get("WORLD_SIZE", args.num_gpus * args.num_machines))
+    check_config(cfg, num_workers=num_workers, eval_only=args.eval_only, resume=args.resume)
+    register_datasets(cfg)
+    check_datasets(cfg, [] if args.eval_only else cfg.DATASETS.TRAIN)
+    return cfg.MODEL.DEVICE
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """The frozen config of a job, in a worker, with loggers, seeds and datasets set up.
+
+    The config, the versions and the log are left in the output folder: ``OUTPUT_DIR``, or that of
+    :func:`evaluation_folder` for an evaluation, whose config would replace that of the training.
+    """
+    cfg = load_config(args)
+    device = cfg.MODEL.DEVICE
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    cfg.freeze()
+    shown = cfg.clone()
+    if args.eval_only:
+        shown.defrost()
+        shown.OUTPUT_DIR = evaluation_folder(cfg, args.resume)
+        shown.freeze()
+    setup_logger(shown.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="bn_detection")
+    default_setup(shown, args)
+    logger = logging.getLogger(__name__)
+    if device != cfg.MODEL.DEVICE:
+        logger.warning("MODEL.DEVICE %s: there is no GPU here, so this runs on the CPU.", device)
+    if comm.is_main_process():
+        _write_versions(Path(shown.OUTPUT_DIR, "versions.json"))
+    register_datasets(cfg)
+    return cfg
+
+
+def register_datasets(cfg: CfgNode) -> None:
+    """Register the datasets of DATASETS.COCO_JSON, and the embedded ones that ``cfg`` uses.
+
+    Raises:
+        ConfigError: an entry is malformed, or its files are not there.
+    """
+    register_coco_json(cfg.DATASETS.COCO_JSON)
+    register_builtin((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+
+
+def evaluation_folder(cfg: CfgNode, resume: bool) -> str:
+    """Where ``--eval-only`` leaves its results: a folder a checkpoint and kind of statistics.
+
+    ``OUTPUT_DIR/eval_<checkpoint>_<BN.INFERENCE>``.
+    """
+    checkpoint = last_checkpoint(cfg.OUTPUT_DIR) if resume else None
+    stem = Path(checkpoint or cfg.MODEL.WEIGHTS or "random_weights").stem
+    return os.path.join(cfg.OUTPUT_DIR, f"eval_{stem}_{cfg.BN.INFERENCE}")
+
+
+def _write_versions(path: Path) -> None:
+    versions = {"python": platform.python_version()}
+    for name in _VERSIONED:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # a checkout on PYTHONPATH
+            module = sys.modules.get(name)
+            versions[name] = str(getattr(module, "__version__", "not installed"))
+    path.write_text(json.dumps({"command": sys.argv, "versions": versions}, indent=2) + "\n")

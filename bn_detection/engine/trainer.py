@@ -1,0 +1,194 @@
+"""Training and evaluation from a config."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    HookBase,
+    SimpleTrainer,
+    TrainerBase,
+    hooks,
+)
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.utils import comm
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..data import build_test_loader, build_train_loader, report_unreadable
+from ..heads import configure_model
+from ..population import AverageStatistics
+from .checkpoint import AtomicCheckpointer
+from .evaluation import build_evaluator
+from .setup import evaluation_folder
+
+logger = logging.getLogger(__name__)
+
+# Each worker keeps its own running statistics while it trains; torch 2.14 renames how to say so.
+_DDP_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
+_KEEP_BUFFERS = {
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in _DDP_ARGUMENTS
+    else "broadcast_buffers": False
+}
+
+
+class Trainer(DefaultTrainer):
+    """Detectron2's default trainer with this project's layers, datasets and statistics.
+
+    Differs from it in that it trains on CPU workers too, averages running statistics over the
+    workers before they are used, restores the optimizer on ``--resume`` (v0.6 does not), never
+    leaves a partial checkpoint, and writes ``results.json`` beside the evaluation's other files.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        """
+        Args:
+            cfg: with :func:`bn_detection.add_bn_detection_config`'s keys.
+        """
+        # DefaultTrainer's own __init__, except that it passes device_ids for DDP on a CPU.
+        TrainerBase.__init__(self)
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        if comm.get_world_size() > 1:
+            on_gpu = next(model.parameters()).is_cuda
+            devices = [comm.get_local_rank()] if on_gpu else None
+            model = DistributedDataParallel(model, device_ids=devices, **_KEEP_BUFFERS)
+        trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        self._trainer = trainer(model, data_loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**TrainerBase.state_dict(self), "_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        TrainerBase.load_state_dict(self, state_dict)
+        if "_trainer" in state_dict:
+            self._trainer.load_state_dict(state_dict["_trainer"])
+
+    def build_hooks(self) -> list[HookBase | None]:
+        built = super().build_hooks()
+        uses = hooks.PeriodicCheckpointer | hooks.EvalHook
+        first_use = next(i for i, hook in enumerate(built) if isinstance(hook, uses))
+        periods = (self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD)
+        built.insert(first_use, AverageStatistics(self.model, periods))
+        return built
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        return configure_model(cfg, super().build_model(cfg))
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict[str, Any]]]:
+        return build_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict[str, Any]]]:
+        return build_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def test(
+        cls,
+        cfg: CfgNode,
+        model: nn.Module,
+        evaluators: list[DatasetEvaluator] | None = None,
+        folder: str | None = None,
+    ) -> OrderedDict[str, Any]:
+        """Evaluate on DATASETS.TEST; worker 0 also writes ``results.json``.
+
+        Args:
+            cfg: the config.
+            model: with the weights to evaluate.
+            evaluators: one a dataset; by default those of its type.
+            folder: for the results; by default ``OUTPUT_DIR/inference``.
+
+        Returns:
+            Metrics by task, in percent; by dataset and task if there are several datasets. Empty on
+            workers other than 0.
+        """
+        folder = folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        if evaluators is None:
+            evaluators = [
+                build_evaluator(cfg, name, os.path.join(folder, name)) for name in cfg.DATASETS.TEST
+            ]
+        results = super().test(cfg, model, evaluators)
+        if comm.is_main_process():
+            summary = {"BN.INFERENCE": cfg.BN.INFERENCE, "results": _without_nan(results)}
+            Path(folder, "results.json").write_text(json.dumps(summary, indent=2) + "\n")
+            report_unreadable(cfg.OUTPUT_DIR)
+        return results
+
+
+def evaluate(cfg: CfgNode, resume: bool) -> OrderedDict[str, Any]:
+    """Evaluate MODEL.WEIGHTS, or with ``resume`` the last checkpoint in OUTPUT_DIR.
+
+    Args:
+        cfg: the config.
+        resume: whether to prefer the checkpoint in OUTPUT_DIR.
+
+    Returns:
+        As :meth:`Trainer.test`; with TEST.AUG.ENABLED also the metrics with test-time augmentation,
+        under names that end in ``_TTA``.
+    """
+    model = Trainer.build_model(cfg)
+    checkpointer = AtomicCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
+        logger.warning(
+            "Evaluating randomly initialized weights: MODEL.WEIGHTS is empty%s.",
+            "" if resume else ", and without --resume the checkpoints in OUTPUT_DIR are not used",
+        )
+    folder = evaluation_folder(cfg, resume)
+    results = Trainer.test(cfg, model, folder=folder)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(_test_with_tta(cfg, model, folder))
+    return results
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no nan: what cannot be computed (AP of large objects without any) is null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if value != value else value
+
+
+def _test_with_tta(cfg: CfgNode, model: nn.Module, folder: str | None = None) -> dict[str, Any]:
+    folder = os.path.join(folder or cfg.OUTPUT_DIR, "inference_TTA")
+    results = Trainer.test(cfg, GeneralizedRCNNWithTTA(cfg, model), folder=folder)
+    return {f"{task}_TTA": metrics for task, metrics in results.items()}
+
+
+def train(cfg: CfgNode, resume: bool) -> OrderedDict[str, Any] | None:
+    """Train, with evaluations and checkpoints as the config says.
+
+    Args:
+        cfg: the config.
+        resume: whether to go on from the last checkpoint in OUTPUT_DIR, if there is one.
+
+    Returns:
+        The metrics of the last evaluation.
+    """
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    if cfg.TEST.AUG.ENABLED:
+        trainer.register_hooks([hooks.EvalHook(0, lambda: _test_with_tta(cfg, trainer.model))])
+    return trainer.train()

@@ -1,0 +1,1 @@
+"""Runs variants of an experiment, collects their results, and reports them."""
