@@ -131,7 +131,8 @@ class Trainer(DefaultTrainer):
                 build_evaluator(cfg, name, os.path.join(folder, name)) for name in cfg.DATASETS.TEST
             ]
         results = super().test(cfg, model, evaluators)
-        if comm.is_main_process():
+        if results and comm.is_main_process():
+            os.makedirs(folder, exist_ok=True)
             summary = {"BN.INFERENCE": cfg.BN.INFERENCE, "results": _without_nan(results)}
             Path(folder, "results.json").write_text(json.dumps(summary, indent=2) + "\n")
             report_unreadable(cfg.OUTPUT_DIR)

@@ -1,0 +1,293 @@
+"""The standard job, end to end: train, evaluate, resume, evaluate again; and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bn_detection import ConfigError, PartitionedBatchNorm2d
+from bn_detection.data import make_leaky_shapes
+from bn_detection.engine import Trainer, argument_parser, load_config, preflight
+from bn_detection.engine.checkpoint import AtomicCheckpointer
+from bn_detection.engine.setup import register_datasets
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "configs" / "quickstart"
+KINDS = ("none", "gn", "bn", "bn_batch_stats", "syncbn", "shuffle")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds ``train`` and ``val``, a few images each."""
+    folder = tmp_path_factory.mktemp("data")
+    for split, num_images in (("train", 8), ("val", 4)):
+        make_leaky_shapes(folder / split, num_images, seed=7, split=split)
+    return folder
+
+
+def overrides(folder: Path, output: Path, *more: object) -> list[str]:
+    datasets = [
+        [f"{folder.name}_{s}", f"{folder}/{s}/annotations.json", f"{folder}/{s}/images"]
+        for s in ("train", "val")
+    ]
+    options = {
+        "DATASETS.COCO_JSON": datasets,
+        "DATASETS.TRAIN": (datasets[0][0],),
+        "DATASETS.TEST": (datasets[1][0],),
+        "OUTPUT_DIR": output,
+    }
+    return [str(part) for pair in options.items() for part in pair] + [str(part) for part in more]
+
+
+def train_net(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *launcher, str(ROOT / "tools" / "train_net.py"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env=environment, cwd=ROOT
+    )
+
+
+def parse(config: Path | str, opts: list[str], *flags: str):
+    return argument_parser().parse_args(["--config-file", str(config), *flags, *opts])
+
+
+def ap(path: Path) -> dict[str, float]:
+    results = json.loads(path.read_text())["results"]
+    return {task: results[task]["AP"] for task in ("bbox", "segm")}
+
+
+@pytest.mark.timeout(280)
+def test_train_evaluate_resume_and_evaluate_again(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    config = ("--config-file", str(QUICKSTART / "mask_rcnn_shuffle.yaml"))
+    options = overrides(folder, output, "SOLVER.WARMUP_ITERS", 2)
+    run = train_net(*config, "--num-gpus", "2", *options, "SOLVER.MAX_ITER", "4")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "eta:" in run.stdout
+    assert {"config.yaml", "metrics.json", "versions.json", "log.txt"} <= set(os.listdir(output))
+    assert ap(output / "inference" / "results.json").keys() == {"bbox", "segm"}
+
+    again = train_net(*config, "--num-gpus", "2", *options)
+    assert again.returncode == 2
+    assert again.stderr.count("error: ") == 1
+    assert "--resume" in again.stderr
+
+    resumed = train_net(*config, "--resume", "--num-gpus", "2", *options, "SOLVER.MAX_ITER", "6")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "Starting training from iteration 4" in resumed.stdout
+    after_training = ap(output / "inference" / "results.json")
+
+    evaluated = train_net(*config, "--resume", "--eval-only", *options)
+    assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
+    # One worker instead of two evaluates the same images with the same averaged statistics.
+    assert ap(output / "eval_model_final_population" / "results.json") == pytest.approx(
+        after_training, abs=1e-6
+    )
+
+
+@pytest.mark.timeout(200)
+def test_torchrun(folder: Path, tmp_path: Path) -> None:
+    run = train_net(
+        "--config-file",
+        str(QUICKSTART / "mask_rcnn_syncbn.yaml"),
+        *overrides(folder, tmp_path / "run", "SOLVER.MAX_ITER", 2),
+        launcher=("-m", "torch.distributed.run", "--nproc-per-node", "2"),
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "World size: 2" in run.stdout
+    assert ap(tmp_path / "run" / "inference" / "results.json").keys() == {"bbox", "segm"}
+
+
+def trainer(folder: Path, output: Path, config: str = "bn", *more: object) -> Trainer:
+    opts = overrides(folder, output, "SOLVER.IMS_PER_BATCH", 1, *more)
+    cfg = load_config(parse(QUICKSTART / f"mask_rcnn_{config}.yaml", opts))
+    register_datasets(cfg)
+    torch.manual_seed(0)
+    return Trainer(cfg)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_quickstart_config_trains_and_evaluates(
+    kind: str, folder: Path, tmp_path: Path
+) -> None:
+    run = trainer(folder, tmp_path, kind, "SOLVER.MAX_ITER", 2, "SOLVER.WARMUP_ITERS", 1)
+    run.train()
+    assert ap(tmp_path / "inference" / "results.json").keys() == {"bbox", "segm"}
+    layers = [m for m in run.model.modules() if isinstance(m, PartitionedBatchNorm2d)]
+    assert len(layers) == (0 if kind in ("none", "gn") else 6)
+    assert {m.inference for m in layers} <= {"batch" if kind == "bn_batch_stats" else "population"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_full_size_configs_are_detectron2s_mask_rcnn_3x(kind: str) -> None:
+    from detectron2 import model_zoo
+
+    cfg = load_config(parse(ROOT / "configs" / f"mask_rcnn_{kind}.yaml", []))
+    stock = model_zoo.get_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml")
+    ours = {"BN", "OUTPUT_DIR", "MODEL.ROI_BOX_HEAD", "MODEL.ROI_MASK_HEAD"}
+    for node, keys in (("MODEL", stock.MODEL), ("", stock)):
+        for key, value in keys.items():
+            if f"{node}.{key}".strip(".") in {*ours, "MODEL", "DATASETS"}:
+                continue
+            assert (cfg[node] if node else cfg)[key] == value, key
+    box, mask = cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD
+    assert (box.NUM_CONV, box.CONV_DIM, box.NUM_FC, box.FC_DIM) == (4, 256, 1, 1024)
+    norm = {"none": "", "gn": "GN", "syncbn": "SyncBN", "shuffle": "ShuffleBN"}.get(kind, "BN")
+    assert box.NORM == mask.NORM == norm
+    assert (cfg.BN.INFERENCE == "batch") == (kind == "bn_batch_stats")
+    quick = load_config(parse(QUICKSTART / f"mask_rcnn_{kind}.yaml", []))
+    assert (norm, cfg.BN) == (quick.MODEL.ROI_BOX_HEAD.NORM, quick.BN)
+
+
+def test_resume_restores_optimizer_scheduler_and_iteration(folder: Path, tmp_path: Path) -> None:
+    first = trainer(folder, tmp_path, "bn", "SOLVER.MAX_ITER", 3, "DATASETS.TEST", "()")
+    first.train()
+    second = trainer(folder, tmp_path, "bn", "SOLVER.MAX_ITER", 5, "DATASETS.TEST", "()")
+    second.resume_or_load(resume=True)
+    assert second.start_iter == 3
+    assert second.scheduler.last_epoch == first.scheduler.last_epoch
+    momenta = [
+        {name: t.optimizer.state[p]["momentum_buffer"] for name, p in t.model.named_parameters()}
+        for t in (first, second)
+    ]
+    assert momenta[0].keys() == momenta[1].keys()
+    for name, momentum in momenta[0].items():
+        assert momentum.abs().max() > 0, name
+        assert torch.equal(momentum, momenta[1][name]), name
+
+
+def test_interrupted_save_leaves_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = torch.nn.Linear(2, 2)
+    checkpointer = AtomicCheckpointer(model, str(tmp_path), save_to_disk=True)
+    checkpointer.save("model")
+    before = (tmp_path / "model.pth").read_bytes()
+
+    def save_half(data: object, path: str) -> None:
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", save_half)
+    with pytest.raises(KeyboardInterrupt):
+        checkpointer.save("model")
+    assert (tmp_path / "model.pth").read_bytes() == before
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model.pth")
+
+
+def refused(folder: Path, output: Path, *more: object, flags: tuple[str, ...] = ()) -> str:
+    config = QUICKSTART / "mask_rcnn_shuffle.yaml"
+    with pytest.raises(ConfigError) as info:
+        preflight(parse(config, overrides(folder, output, *more), *flags))
+    return str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["MODEL.ROI_BOX_HEAD.NORM", "Shuffle"], ["MODEL.ROI_BOX_HEAD.NORM", '"ShuffleBN"', '""']),
+        (["MODEL.ROI_MASK_HEAD.NORM", "bn"], ["MODEL.ROI_MASK_HEAD.NORM", '"BN"']),
+        (["MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"], ["NAME", '"BNConvFCHead"']),
+        (["MODEL.ROI_HEADS.NAME", "Res5ROIHeads"], ["Res5ROIHeads", "BN.CONVERT"]),
+        (["BN.INFERENCE", "minibatch"], ["BN.INFERENCE", '"population"', '"batch"']),
+        (["BN.MOMENTUM", "2.0"], ["BN.MOMENTUM 2.0"]),
+        (["BN.EPS", "-1.0"], ["BN.EPS -1.0"]),
+        (["BN.MOMENTO", "0.1"], ["BN.MOMENTO"]),
+        (["MODEL.ROI_HEADS.NUM_CLASSES", "80"], ["MODEL.ROI_HEADS.NUM_CLASSES is 80", "4 classes"]),
+        (["MODEL.WEIGHTS", "no/such.pth"], ["MODEL.WEIGHTS no/such.pth", "no such file"]),
+        (["SOLVER.IMS_PER_BATCH", "3"], ["SOLVER.IMS_PER_BATCH 3", "2 workers"]),
+        (["SOLVER.AMP.ENABLED", "True"], ["SOLVER.AMP.ENABLED"]),
+        (["DATASETS.TRAIN", "('coco_2017_train',)"], ["DATASETS.TRAIN", "DETECTRON2_DATASETS"]),
+        (["DATASETS.TEST", "('my_val',)"], ["DATASETS.TEST", "my_val"]),
+    ],
+)
+def test_bad_config_is_refused_by_name(
+    folder: Path, tmp_path: Path, more: list[str], words: list[str]
+) -> None:
+    message = refused(folder, tmp_path, *more, flags=("--num-gpus", "2"))
+    for word in words:
+        assert word in message
+
+
+def test_missing_files_are_refused_by_key(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "incomplete"
+    shutil.copytree(folder, copy)
+    shutil.rmtree(copy / "val" / "images")
+    (copy / "train" / "annotations.json").rename(copy / "train" / "moved.json")
+    message = refused(copy, tmp_path / "run")
+    assert "DATASETS.COCO_JSON" in message
+    assert "does not exist" in message or "do not exist" in message
+
+
+def test_unreadable_weights_are_refused(folder: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "half.pth"
+    weights.write_bytes(b"PK\x03\x04 and no more")
+    run = trainer(folder, tmp_path / "run", "bn", "MODEL.WEIGHTS", weights)
+    with pytest.raises(ConfigError, match=r"MODEL\.WEIGHTS.*half\.pth cannot be read"):
+        run.resume_or_load(resume=False)
+
+
+@pytest.mark.timeout(60)
+def test_refusal_is_one_message_and_status_2(folder: Path, tmp_path: Path) -> None:
+    run = train_net(
+        "--config-file",
+        str(QUICKSTART / "mask_rcnn_bn.yaml"),
+        "--num-gpus",
+        "2",
+        *overrides(folder, tmp_path, "MODEL.ROI_BOX_HEAD.NORM", "Batch"),
+    )
+    assert run.returncode == 2
+    assert run.stderr.count("error: ") == 1
+    assert "Traceback" not in run.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_cuda_falls_back_to_cpu_with_one_line(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bn_detection.engine import setup
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    opts = overrides(folder, tmp_path, "MODEL.DEVICE", "cuda")
+    cfg = setup(parse(QUICKSTART / "mask_rcnn_bn.yaml", opts))
+    assert cfg.MODEL.DEVICE == "cpu"
+    log = (tmp_path / "log.txt").read_text().splitlines()
+    assert len([line for line in log if "no GPU" in line]) == 1
+
+
+def test_statistics_are_averaged_before_checkpoint_and_evaluation(
+    folder: Path, tmp_path: Path
+) -> None:
+    from detectron2.engine import hooks
+
+    from bn_detection.population import AverageStatistics
+
+    run = trainer(folder, tmp_path, "bn")
+    kinds = [type(hook) for hook in run._hooks]
+    average = kinds.index(AverageStatistics)
+    assert average < kinds.index(hooks.PeriodicCheckpointer)
+    assert average < kinds.index(hooks.EvalHook)
+
+
+def test_batch_inference_needs_a_bn_layer(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"BN\.INFERENCE.*BN\.MODULES"):
+        trainer(folder, tmp_path, "gn", "BN.INFERENCE", "batch")
+
+
+def test_an_unreadable_image_is_left_out(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "broken"
+    shutil.copytree(folder, copy)
+    for split in ("train", "val"):
+        (copy / split / "images" / "000001.png").write_bytes(b"not a picture")
+    run = trainer(copy, tmp_path / "run", "bn", "SOLVER.MAX_ITER", 16)
+    run.train()
+    listed = (tmp_path / "run" / "unreadable_images.txt").read_text().splitlines()
+    assert {Path(name).parts[-3] for name in listed} == {"train", "val"}
+    assert ap(tmp_path / "run" / "inference" / "results.json").keys() == {"bbox", "segm"}
