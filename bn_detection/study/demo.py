@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 import matplotlib
 from tabulate import tabulate
 
+from ..data import LeakyShapesConfig, draw_image
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
@@ -19,15 +22,19 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "quickstart"
 VARIANTS = {"BN": "mask_rcnn_bn.yaml", "ShuffleBN": "mask_rcnn_shuffle.yaml"}
 MEANING = {
-    ("BN", "population"): "Each RoI is judged alone, but in training the others of its image could "
-    "be read from their common mean and variance, and it relied on them.",
-    ("BN", "batch"): "The RoIs of an image are normalized together again: what it had learned to "
-    "read is back. The AP gained is leakage.",
-    ("ShuffleBN", "population"): "Training mixed the RoIs of both workers' images, so there was "
-    "less to read, and it learned from the RoI itself.",
-    ("ShuffleBN", "batch"): "The statistics of one image are not those that it was trained with, "
-    "and it gains nothing from them.",
+    ("BN", "population"): "In training the head had learned to read the other objects of the image "
+    "from the mean and variance of the batch. The running statistics do not show them.",
+    (
+        "BN",
+        "batch",
+    ): "Inference normalizes the RoIs of the image together, as training did: what it "
+    "had learned to read is back. The AP it gains by that is leakage.",
+    ("ShuffleBN", "population"): "In training each RoI was normalized with random RoIs of both "
+    "workers, which say less about its image: the head learned the object itself.",
+    ("ShuffleBN", "batch"): "The statistics of one image are not those of the mixed batches that "
+    "it was trained with: nothing is gained.",
 }
+
 # What of train_net.py's output is shown while it runs.
 PROGRESS = (
     (
@@ -60,18 +67,17 @@ def run_demo(folder: Path, *, workers: int = 2, overrides: list[str] | None = No
     """
     start = time.monotonic()
     precisions: AveragePrecisions = {}
-    for name, config in VARIANTS.items():
+    for number, (name, config) in enumerate(VARIANTS.items()):
         output = folder / name
         command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--resume"]
         command += ["--config-file", str(CONFIGS / config), "--num-gpus", str(workers)]
         options = ["OUTPUT_DIR", str(output), *(overrides or [])]
         trained = output / "inference" / "results.json"
-        if not trained.is_file():
-            _run(f"{name}: training", [*command, *options], output)
+        title = f"[{2 * number + 1} of 4] {name}: training"
+        _run(title, [*command, *options], trained)
         by_batch = output / "eval_model_final_batch" / "results.json"
-        if not by_batch.is_file():
-            options = ["--eval-only", *options, "BN.INFERENCE", "batch"]
-            _run(f"{name}: evaluation with batch statistics", [*command, *options], output)
+        title = f"[{2 * number + 2} of 4] {name}: evaluation with batch statistics"
+        _run(title, [*command, "--eval-only", *options, "BN.INFERENCE", "batch"], by_batch)
         precisions[name] = {"population": _read_ap(trained), "batch": _read_ap(by_batch)}
     results = folder / "results.json"
     results.write_text(json.dumps({"AP": precisions}, indent=2) + "\n")
@@ -82,11 +88,15 @@ def run_demo(folder: Path, *, workers: int = 2, overrides: list[str] | None = No
     return results
 
 
-def _run(title: str, command: list[str], output: Path) -> None:
-    """Run a command; of its output show progress and time left, and keep all in a file."""
-    output.mkdir(parents=True, exist_ok=True)
-    log = output / "console.txt"
+def _run(title: str, command: list[str], result: Path) -> None:
+    """Run a command, unless its result is there; show its progress and time left, and log it."""
+    if result.is_file():
+        print(f"{title}: done before, see {result}", flush=True)
+        return
     print(title, flush=True)
+    log = result.parents[1] / f"console_{result.parent.name}.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    show = _Progress()
     with (
         log.open("w") as file,
         subprocess.Popen(
@@ -97,10 +107,30 @@ def _run(title: str, command: list[str], output: Path) -> None:
             file.write(line)
             for pattern, shown in PROGRESS:
                 if match := re.search(pattern, line):
-                    print("   ", shown.format(**match.groupdict()), flush=True)
+                    show(shown.format(**match.groupdict()))
+    show.end()
     if process.returncode:
         tail = "".join(log.read_text().splitlines(keepends=True)[-30:])
         raise RuntimeError(f"{title} failed ({process.returncode}); the end of {log}:\n{tail}")
+
+
+class _Progress:
+    """One line that changes on a terminal; elsewhere a line at most every 10 seconds."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stdout.isatty()
+        self._last = -math.inf
+
+    def __call__(self, text: str) -> None:
+        if self._terminal:
+            print(f"\r    {text}\033[K", end="", flush=True)
+        elif time.monotonic() - self._last >= 10:
+            print(f"    {text}", flush=True)
+            self._last = time.monotonic()
+
+    def end(self) -> None:
+        if self._terminal:
+            print()
 
 
 def _read_ap(path: Path) -> dict[str, float]:
@@ -127,21 +157,54 @@ def _print_table(precisions: AveragePrecisions) -> None:
 
 
 def _draw(precisions: AveragePrecisions, path: Path) -> None:
-    """Bars of box AP: two variants, each with population and with batch statistics."""
+    """Two images of the dataset, and bars of box AP by variant and statistics."""
+    figure, axes = plt.subplot_mosaic(
+        [["dark", "AP"], ["bright", "AP"]],
+        figsize=(9, 4.4),
+        width_ratios=[1, 2.6],
+        layout="constrained",
+    )
+    dataset = LeakyShapesConfig()
+    images = sorted((draw_image(dataset, 0, "val", k) for k in range(20)), key=lambda i: i.cast)
+    # Not the extremes, which are clipped to black and white.
+    for name, image in (("dark", images[4]), ("bright", images[-4])):
+        axes[name].imshow(image.pixels, cmap="gray", vmin=0, vmax=255)
+        axes[name].set_axis_off()
+        for thing in image.objects:
+            x, y, width, height = thing.box
+            axes[name].text(
+                x + width / 2,
+                y + height / 2,
+                thing.label,
+                color="white",
+                size=8,
+                ha="center",
+                va="center",
+                bbox={"boxstyle": "circle,pad=0.2", "color": "black", "alpha": 0.6},
+            )
+    title = (
+        "Two images with their classes:\na higher class is brighter than\nthe others of its image"
+    )
+    axes["dark"].set_title(title, size=9)
+
     colors = {"population": "#4477aa", "batch": "#ee6677"}
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for offset, (statistics, color) in zip((-0.2, 0.2), colors.items(), strict=True):
         heights = [precisions[variant][statistics]["box"] for variant in VARIANTS]
         places = [k + offset for k in range(len(VARIANTS))]
-        bars = axes.bar(places, heights, 0.38, color=color, label=f"{statistics} statistics")
-        axes.bar_label(bars, fmt="%.1f", padding=2)
-    axes.set_xticks(range(len(VARIANTS)), ["BN, per worker", "BN, RoIs shuffled\nacross workers"])
-    axes.set_ylabel("box AP (LeakyShapes, held-out images)")
-    axes.set_ylim(0, 109)
-    axes.set_title(
-        "BN in the heads reads the other RoIs of its batch,\nand misses them at inference"
+        bars = axes["AP"].bar(places, heights, 0.38, color=color, label=f"{statistics} statistics")
+        axes["AP"].bar_label(bars, fmt="%.1f", padding=2)
+    names = ["BN, each worker\nits own images", "BN, RoIs shuffled\nacross workers"]
+    axes["AP"].set_xticks(range(len(VARIANTS)), names)
+    axes["AP"].set_ylabel("box AP on held-out images")
+    axes["AP"].set_ylim(0, 100)
+    axes["AP"].set_title("BN reads the other RoIs of its batch, and misses them at inference")
+    axes["AP"].spines[["top", "right"]].set_visible(False)
+    figure.legend(
+        *axes["AP"].get_legend_handles_labels(),
+        title="inference normalizes with",
+        loc="outside lower right",
+        frameon=False,
+        ncols=2,
     )
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(title="inference normalizes with", frameon=False, ncols=2, loc="upper center")
     figure.savefig(path, dpi=150)
     plt.close(figure)
