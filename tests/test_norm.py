@@ -110,6 +110,25 @@ def test_one_process_is_torch_batch_norm(partition: str) -> None:
         assert torch.equal(ours[key], value), key
 
 
+def _low_precision(rank: int, world_size: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    layer = PartitionedBatchNorm2d(CHANNELS, partition="world")
+    return step(layer, samples([6, 3], dtype)[rank], samples([7, 4], dtype)[rank][1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.timeout(60)
+def test_world_in_low_precision(dtype: torch.dtype) -> None:
+    results = run_workers(_low_precision, 2, dtype)
+    xs = [x.to(dtype).double().requires_grad_() for x in samples([6, 3])]
+    outputs, mean, _ = formula(xs, *(t.double() for t in affine()))
+    torch.autograd.backward(outputs, [g[1:].double() for g in samples([7, 4], dtype)])
+    for result, x, output in zip(results, xs, outputs, strict=True):
+        assert result["output"].dtype == result["grad_x"].dtype == dtype
+        assert relative_error(result["output"], output) < 1e-2
+        assert relative_error(result["grad_x"], x.grad) < 2e-2
+        assert relative_error(result["running_mean"], 0.1 * mean) < 1e-5
+
+
 def _offset_variance(rank: int, world_size: int) -> Tensor:
     generator = torch.Generator().manual_seed(rank)
     x = torch.randn(64, CHANNELS, 8, 8, generator=generator) + 1e4

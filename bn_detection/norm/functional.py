@@ -38,7 +38,7 @@ def _world_statistics(x: Tensor) -> Statistics:
     local = torch.zeros(2 * channels + 1, dtype=torch.float64, device=x.device)
     count = x.numel() // channels
     if count > 0:
-        mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
+        mean, var = _mean_and_var(x)
         local[0] = count
         local[1 : channels + 1] = mean
         local[channels + 1 :] = var
@@ -53,6 +53,15 @@ def _world_statistics(x: Tensor) -> Statistics:
     mean = (weights * means).sum(0)
     var = (weights * (variances + (means - mean).square())).sum(0)
     return int(total), mean, var
+
+
+def _mean_and_var(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Per channel, in at least float32; the variance is biased."""
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    if x.device.type == "cpu":  # the kernel of nn.BatchNorm2d, three times faster than var_mean
+        return torch.batch_norm_update_stats(x, None, None, 0.0)
+    var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+    return mean, var
 
 
 class _WorldBatchNorm(torch.autograd.Function):
