@@ -264,10 +264,11 @@ def test_torchrun_contradicts_flag(monkeypatch):
 def run_tool(argv, monkeypatch, capfd):
     """The exit status and the output, with that of the workers, of a command line run here."""
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+    before = set(psutil.Process().children())
     with pytest.raises(SystemExit) as exit_info:
         tool(argv)
-    children = psutil.Process().children()
-    assert [child for child in children if "spawn_main" in " ".join(child.cmdline())] == []
+    left = set(psutil.Process().children()) - before
+    assert [child for child in left if "spawn_main" in " ".join(child.cmdline())] == []
     return exit_info.value.code, *capfd.readouterr()
 
 
