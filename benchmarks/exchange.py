@@ -119,8 +119,6 @@ def measure(workers: int, rows: int, rounds: int) -> dict[str, float]:
         times = json.loads(Path(folder, "times.json").read_text())
     pairs = zip(times["all_gather"], times["all_to_all"], strict=True)
     return {
-        "workers": workers,
-        "rows": rows,
         "all_to_all_s": statistics.median(times["all_to_all"]),
         "all_gather_s": statistics.median(times["all_gather"]),
         "ratio": statistics.median(gather / exchange_ for gather, exchange_ in pairs),
@@ -134,22 +132,17 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rows", type=int, default=512, help="RoIs a worker")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, gloo, {platform.machine()}, {mp.cpu_count()} CPUs")
     print(f"[{args.rows}, 256, 7, 7] a worker; shuffle + unshuffle, forward + backward; medians")
     print(f"{'workers':>7} {'all-to-all':>11} {'all-gather':>11} {'ratio':>6}")
-    results = []
     for workers in args.workers:
         result = measure(workers, args.rows, args.rounds)
-        results.append(result)
         print(
             f"{workers:>7} {result['all_to_all_s']:>9.3f} s {result['all_gather_s']:>9.3f} s "
             f"{result['ratio']:>5.1f}x",
             flush=True,
         )
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

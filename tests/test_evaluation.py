@@ -161,7 +161,7 @@ def test_unreadable_images_are_not_counted_as_missed(dataset, tmp_path, caplog):
     read = {k: v for k, v in outputs.items() if k not in gone}
     root = MetadataCatalog.get(name).image_root
     noted = [f"{root}/{ground_truth.imgs[i]['file_name']}" for i in gone]
-    noted += ["/of/another/dataset.png", f"{root}/{ground_truth.imgs[1]['file_name']}"]  # 1: mended
+    noted += ["/data/another/image.png", f"{root}/{ground_truth.imgs[1]['file_name']}"]  # 1: mended
     (tmp_path / "unreadable_images.txt").write_text("\n".join(noted + noted[:1]) + "\n")
     results = run(COCOEvaluator(name, unreadable_dir=str(tmp_path)), read)
     assert "3 of 24 images could not be read" in caplog.text

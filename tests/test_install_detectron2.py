@@ -172,14 +172,14 @@ def test_installed_detectron2_that_does_not_import_is_not_replaced(monkeypatch, 
     no_building(monkeypatch)
     broken = {
         "present": True,
-        "location": "/site/detectron2/__init__.py",
+        "location": "/path/to/detectron2/__init__.py",
         "error": "ImportError: x",
     }
     monkeypatch.setattr(installer, "probe_detectron2", lambda: broken)
     monkeypatch.setattr(installer, "missing_requirements", list)
     assert installer.main([]) == 1
     message = capsys.readouterr().err
-    assert "/site/detectron2/__init__.py does not import: ImportError: x" in message
+    assert "/path/to/detectron2/__init__.py does not import: ImportError: x" in message
     assert "never replaced" in message and "pip uninstall detectron2" in message
 
     monkeypatch.setattr(installer, "missing_requirements", lambda: ["yacs>=0.1.8"])
