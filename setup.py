@@ -22,8 +22,8 @@ setup(
     # Detectron2 itself is not on the package index: tools/install_detectron2.py installs it. What
     # it needs at run time is listed here, because that tool installs it without dependencies.
     install_requires=[
-        "torch>=2.3",
-        "torchvision>=0.18",
+        "torch>=2.5",
+        "torchvision>=0.20",
         "numpy>=1.24",
         "Pillow>=9.1",
         "faster-coco-eval>=1.6",

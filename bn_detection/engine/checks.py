@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 
 from ..config import ConfigError
 from ..heads import NORMS
-from ..norm import INFERENCE
+from ..norm import INFERENCE, check_choice
 
 _OUR_HEADS = {"ROI_BOX_HEAD": "BNConvFCHead", "ROI_MASK_HEAD": "BNConvUpsampleHead"}
 _STOCK_HEADS = {"ROI_BOX_HEAD": "FastRCNNConvFCHead", "ROI_MASK_HEAD": "MaskRCNNConvUpsampleHead"}
@@ -81,9 +81,10 @@ def _check_bn(node: CfgNode) -> None:
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        listed = ", ".join(f'"{choice}"' for choice in choices)
-        raise ConfigError(f'{key} is "{value}"; it can be one of {listed}.')
+    try:
+        check_choice(key, value, choices)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _check_weights(weights: str) -> None:

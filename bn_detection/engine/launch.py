@@ -7,6 +7,7 @@ A job of one worker is a plain function call. Several workers are spawned here, 
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import os
 import signal
@@ -94,10 +95,11 @@ def run(
         get_device: called as ``get_device(args)`` before the workers start; returns MODEL.DEVICE.
 
     Returns:
-        What ``main_func`` returned, or None if several workers were spawned.
+        What ``main_func`` returned, or None if several workers were spawned. Under torchrun it does
+        not return: the process ends.
     """
     try:
-        return launch(
+        result = launch(
             main_func,
             args.num_gpus,
             num_machines=args.num_machines,
@@ -106,6 +108,9 @@ def run(
             device=get_device(args),
             args=(args,),
         )
+        if dist.is_torchelastic_launched():
+            _leave()
+        return result
     except ConfigError as error:
         if _is_first_to_report():
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -287,8 +292,8 @@ def _call_in_process_group(
     # As upstream does: the first collective must not wait longer than the others for slow starters.
     comm.synchronize()
     result = main_func(*args)
-    # Not after a failure, when it could wait for workers that are gone.
-    dist.destroy_process_group()
+    # Nobody leaves while another may still need it.
+    comm.synchronize()
     return result
 
 
@@ -335,7 +340,7 @@ def _join_torchrun(
     if world_size == 1:
         return main_func(*args)
     try:
-        return _call_in_process_group(
+        result = _call_in_process_group(
             main_func,
             args,
             use_gpus,
@@ -344,6 +349,9 @@ def _join_torchrun(
             timeout,
             init_method="env://",
         )
+        # Not after a failure, when it could wait for workers that are gone.
+        dist.destroy_process_group()
+        return result
     except ConfigError:
         raise
     except Exception as error:
@@ -536,6 +544,7 @@ def _work(job: _Job, rank: int, local_rank: int, reports: connection.Connection)
             world_size=job.world_size,
             **rendezvous,
         )
+        _leave()
     except (Exception, SystemExit) as error:
         failure_time = time.monotonic()
         if isinstance(error, SystemExit) and not error.code:
@@ -546,6 +555,18 @@ def _work(job: _Job, rank: int, local_rank: int, reports: connection.Connection)
         sys.stderr.flush()
         reports.send(_Failure(failure_time, is_config_error, summary, traceback.format_exc()))
         sys.exit(1)
+
+
+def _leave() -> None:
+    """End this worker as the interpreter does, but without unloading torch's native threads.
+
+    That unloading can abort a worker that has done its work ("terminate called without an active
+    exception", seen now and then with torch 2.14 over gloo).
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _end_with_parent() -> None:

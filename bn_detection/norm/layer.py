@@ -125,7 +125,11 @@ def set_inference(model: nn.Module, mode: str, modules: Sequence[str]) -> list[s
     for name, module in list(model.named_modules()):
         if not any(fnmatch.fnmatchcase(name, glob) for glob in modules):
             continue
-        if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
+        # A layer that tracks no statistics uses those of the batch already.
+        tracks = (
+            isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and module.track_running_stats
+        )
+        if tracks:
             if not isinstance(module, PartitionedBatchNorm2d) and mode == "batch":
                 module = _from_batch_norm(module)
                 model.set_submodule(name, module)
