@@ -209,6 +209,12 @@ def test_set_inference_replaces_plain_batch_norm_and_keeps_its_tensors() -> None
     assert relative_error(model.head[0](x), expected[0][0]) < 1e-5
 
 
+def test_set_inference_leaves_layers_without_statistics_alone() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(CHANNELS, track_running_stats=False))
+    assert set_inference(model, "batch", ["*"]) == []
+    assert type(model[0]) is nn.BatchNorm2d
+
+
 @pytest.mark.parametrize("argument", ["partition", "inference"])
 def test_unknown_choice_lists_the_choices(argument: str) -> None:
     with pytest.raises(ValueError, match=f'{argument} is "wrold"; it can be one of "'):

@@ -25,14 +25,13 @@ def average_running_statistics(model: nn.Module) -> None:
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not layers:
         return
-    device = layers[0].running_mean.device
     parts = []
     for layer in layers:
         seen = layer.num_batches_tracked.double().reshape(1)
         values = torch.cat([seen, layer.running_mean.double(), layer.running_var.double()])
         weight = (seen > 0).double()
         parts += [weight, values * weight]
-    flat = torch.cat(parts).to(device)
+    flat = torch.cat(parts)
     dist.all_reduce(flat)
     sizes = [size for layer in layers for size in (1, 1, layer.num_features, layer.num_features)]
     pieces = iter(flat.split(sizes))
