@@ -44,5 +44,5 @@ setup(
         "tqdm>=4.29",
         "yacs>=0.1.8",
     ],
-    extras_require={"dev": ["pytest>=7", "pytest-timeout>=2.1", "ruff>=0.5"]},
+    extras_require={"dev": ["pytest>=7", "pytest-timeout>=2.1", "hypothesis>=6.80", "ruff>=0.5"]},
 )

@@ -6,17 +6,20 @@ arXiv:2105.07576). Importing it registers its components; ``add_bn_detection_con
 
 from . import heads, norm
 from .config import ConfigError, add_bn_detection_config
-from .heads import configure_model
-from .norm import PartitionedBatchNorm2d, set_inference
+from .heads import BNOptions, configure_model, convert_norm
+from .norm import PartitionedBatchNorm2d, set_inference, to_plain_batch_norm
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BNOptions",
     "ConfigError",
     "PartitionedBatchNorm2d",
     "add_bn_detection_config",
     "configure_model",
+    "convert_norm",
     "heads",
     "norm",
     "set_inference",
+    "to_plain_batch_norm",
 ]

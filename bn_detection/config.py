@@ -29,7 +29,41 @@ def add_bn_detection_config(cfg: CN) -> None:
     # What inference normalizes with: "population" (the running statistics) or "batch" (the
     # statistics of the current forward on this process).
     cfg.BN.INFERENCE = "population"
+    # Layers to convert after the model is built: [[glob over module names, norm], ...], norm one of
+    # those of MODEL.ROI_BOX_HEAD.NORM. The layers below a matched module share their groups.
+    cfg.BN.CONVERT = []
+    # Workers that one process stands for: their total number over all processes, a multiple of the
+    # number of processes; 0 for none. "BN" and "ShuffleBN" normalize as that many workers would.
+    cfg.BN.VIRTUAL_WORKERS = 0
+    # Whether the losses of box, mask and keypoint heads are averaged per virtual worker, as DDP
+    # averages those of workers.
+    cfg.BN.VIRTUAL_LOSSES = False
+
+    cfg.BN.SHUFFLE = CN()
+    # What "ShuffleBN" sends between workers: "statistics" (of each random group), or "features"
+    # (the RoIs themselves, to the worker of their group, and back; registered heads only).
+    cfg.BN.SHUFFLE.MODE = "statistics"
+    cfg.BN.GHOST = CN()
+    # RoIs in a random group of "GhostBN", at least 2; a remainder joins the last group.
+    cfg.BN.GHOST.SIZE = 32
+
+    # "BatchRenorm" (Ioffe 2017): r is clipped to [1/R_MAX, R_MAX], d to [-D_MAX, D_MAX].
+    cfg.BN.RENORM = CN()
+    # The rows that share statistics: the name of a partition, such as "worker" or "shuffle".
+    cfg.BN.RENORM.PARTITION = "worker"
+    cfg.BN.RENORM.R_MAX = 3.0
+    cfg.BN.RENORM.D_MAX = 5.0
+    # Training steps of plain BN; then the limits rise linearly, to R_MAX at R_ITERS and D_MAX at
+    # D_ITERS.
+    cfg.BN.RENORM.WARMUP_ITERS = 5000
+    cfg.BN.RENORM.R_ITERS = 40000
+    cfg.BN.RENORM.D_ITERS = 25000
+    # Whether these steps are multiplied by SOLVER.MAX_ITER / 130,000, the paper's training.
+    cfg.BN.RENORM.SCALE_TO_MAX_ITER = False
 
     # COCO-format datasets to register: [[name, annotations.json, image root], ...]. The names can
     # then be used in DATASETS.TRAIN and DATASETS.TEST.
     cfg.DATASETS.COCO_JSON = []
+
+    # Normalization of the keypoint head "BNConvDeconvKeypointHead", as MODEL.ROI_BOX_HEAD.NORM.
+    cfg.MODEL.ROI_KEYPOINT_HEAD.NORM = ""

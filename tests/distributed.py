@@ -57,7 +57,9 @@ class _Pool:
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._processes = []
         self._pipes: list[connection.Connection] = []
-        context = mp.get_context("spawn")
+        # Forked from a server that has imported everything, workers start in a tenth of the time.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "bn_detection"])
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(

@@ -8,19 +8,32 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from bn_detection import ConfigError, PartitionedBatchNorm2d
 from bn_detection.data import make_leaky_shapes
 from bn_detection.engine import Trainer, argument_parser, load_config, preflight
 from bn_detection.engine.checkpoint import AtomicCheckpointer
 from bn_detection.engine.setup import register_datasets
+from bn_detection.norm import Groups, Rows
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart"
-KINDS = ("none", "gn", "bn", "bn_batch_stats", "syncbn", "shuffle")
+NORMS = {
+    "none": "",
+    "gn": "GN",
+    "bn": "BN",
+    "bn_batch_stats": "BN",
+    "syncbn": "SyncBN",
+    "shuffle": "ShuffleBN",
+    "ghost": "GhostBN",
+    "image": "ImageBN",
+    "renorm": "BatchRenorm",
+}
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +126,7 @@ def trainer(folder: Path, output: Path, config: str = "bn", *more: object) -> Tr
     return Trainer(cfg)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NORMS)
 def test_every_quickstart_config_trains_and_evaluates(
     kind: str, folder: Path, tmp_path: Path
 ) -> None:
@@ -125,7 +138,7 @@ def test_every_quickstart_config_trains_and_evaluates(
     assert {m.inference for m in layers} <= {"batch" if kind == "bn_batch_stats" else "population"}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NORMS)
 def test_full_size_configs_are_detectron2s_mask_rcnn_3x(kind: str) -> None:
     # A checkout of Detectron2 that was not installed has no model zoo.
     try:
@@ -135,6 +148,7 @@ def test_full_size_configs_are_detectron2s_mask_rcnn_3x(kind: str) -> None:
     except (ImportError, RuntimeError) as error:
         pytest.skip(str(error))
     cfg = load_config(parse(ROOT / "configs" / f"mask_rcnn_{kind}.yaml", []))
+    assert cfg.MODEL.ROI_KEYPOINT_HEAD.pop("NORM") == ""  # this project's key
     ours = {"BN", "OUTPUT_DIR", "MODEL.ROI_BOX_HEAD", "MODEL.ROI_MASK_HEAD"}
     for node, keys in (("MODEL", stock.MODEL), ("", stock)):
         for key, value in keys.items():
@@ -143,11 +157,16 @@ def test_full_size_configs_are_detectron2s_mask_rcnn_3x(kind: str) -> None:
             assert (cfg[node] if node else cfg)[key] == value, key
     box, mask = cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD
     assert (box.NUM_CONV, box.CONV_DIM, box.NUM_FC, box.FC_DIM) == (4, 256, 1, 1024)
-    norm = {"none": "", "gn": "GN", "syncbn": "SyncBN", "shuffle": "ShuffleBN"}.get(kind, "BN")
-    assert box.NORM == mask.NORM == norm
+    assert box.NORM == mask.NORM == NORMS[kind]
     assert (cfg.BN.INFERENCE == "batch") == (kind == "bn_batch_stats")
     quick = load_config(parse(QUICKSTART / f"mask_rcnn_{kind}.yaml", []))
-    assert (norm, cfg.BN) == (quick.MODEL.ROI_BOX_HEAD.NORM, quick.BN)
+    assert quick.MODEL.ROI_BOX_HEAD.NORM == quick.MODEL.ROI_MASK_HEAD.NORM == NORMS[kind]
+    # A group is a part of an image's RoIs, which are fewer there.
+    for config in (cfg, quick):
+        assert 2 * config.BN.GHOST.SIZE <= config.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE
+    quick.BN.GHOST.SIZE = cfg.BN.GHOST.SIZE
+    assert cfg.BN == quick.BN
+    assert cfg.BN.RENORM.SCALE_TO_MAX_ITER is (kind == "renorm")
 
 
 def test_resume_restores_optimizer_scheduler_and_iteration(folder: Path, tmp_path: Path) -> None:
@@ -186,6 +205,9 @@ def test_interrupted_save_leaves_the_old_checkpoint(
     assert checkpointer.get_checkpoint_file() == str(tmp_path / "model.pth")
 
 
+VIRTUAL_4 = ("BN.VIRTUAL_WORKERS", "4", "SOLVER.IMS_PER_BATCH", "4")
+
+
 def refused(folder: Path, output: Path, *more: object, flags: tuple[str, ...] = ()) -> str:
     config = QUICKSTART / "mask_rcnn_shuffle.yaml"
     with pytest.raises(ConfigError) as info:
@@ -204,6 +226,48 @@ def refused(folder: Path, output: Path, *more: object, flags: tuple[str, ...] = 
         (["BN.MOMENTUM", "2.0"], ["BN.MOMENTUM 2.0"]),
         (["BN.EPS", "-1.0"], ["BN.EPS -1.0"]),
         (["BN.MOMENTO", "0.1"], ["BN.MOMENTO"]),
+        (["BN.GHOST.SIZE", "1"], ["BN.GHOST.SIZE 1", "at least 2"]),
+        (["BN.VIRTUAL_WORKERS", "3"], ["BN.VIRTUAL_WORKERS 3", "multiple", "workers, 2"]),
+        (
+            ["BN.VIRTUAL_WORKERS", "4"],
+            ["BN.VIRTUAL_WORKERS 4", "SOLVER.IMS_PER_BATCH 2", "multiple of 4"],
+        ),
+        (
+            [*VIRTUAL_4, "SOLVER.REFERENCE_WORLD_SIZE", "4"],
+            ["BN.VIRTUAL_WORKERS 4", "SOLVER.IMS_PER_BATCH 2", "multiple of 4"],
+        ),
+        (["BN.VIRTUAL_LOSSES", "True"], ["BN.VIRTUAL_LOSSES True", "BN.VIRTUAL_WORKERS"]),
+        (["BN.SHUFFLE.MODE", "feature"], ['BN.SHUFFLE.MODE is "feature"', '"features"']),
+        (
+            ["BN.SHUFFLE.MODE", "features", *VIRTUAL_4],
+            ["BN.SHUFFLE.MODE features", "BN.VIRTUAL_WORKERS 4", "BN.SHUFFLE.MODE statistics"],
+        ),
+        (["BN.RENORM.R_MAX", "0.5"], ["BN.RENORM", "R_MAX 0.5", "at least 1"]),
+        (["BN.RENORM.D_MAX", "-1.0"], ["BN.RENORM", "D_MAX -1.0", "at least 0"]),
+        (
+            ["BN.RENORM.WARMUP_ITERS", "30000"],
+            ["BN.RENORM", "WARMUP_ITERS 30000", "D_ITERS 25000 at least WARMUP_ITERS"],
+        ),
+        (["BN.RENORM.PARTITION", "workers"], ['BN.RENORM.PARTITION is "workers"', '"worker"']),
+        (["BN.CONVERT", "['roi_heads.*', 'GN']"], ["BN.CONVERT roi_heads.*", '"ShuffleBN"]']),
+        (["BN.CONVERT", "[['backbone.*']]"], ["BN.CONVERT ['backbone.*']", '"ShuffleBN"]']),
+        (["BN.CONVERT", "[[0, 'GN']]"], ["BN.CONVERT [0, 'GN']", "glob"]),
+        (["BN.CONVERT", "[['rpn', 'Group']]"], ["BN.CONVERT ['rpn', 'Group']", '"GN"']),
+        (
+            ["MODEL.KEYPOINT_ON", "True", "MODEL.ROI_KEYPOINT_HEAD.NORM", "BN"],
+            ['MODEL.ROI_KEYPOINT_HEAD.NORM is "BN"', '"BNConvDeconvKeypointHead"'],
+        ),
+        (
+            ["MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"],
+            ['MODEL.ROI_MASK_HEAD.NORM is "ShuffleBN"', '"BNConvUpsampleHead"'],
+        ),
+        (
+            [
+                *("MODEL.ROI_BOX_HEAD.NORM", "GhostBN"),
+                *("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"),
+            ],
+            ['MODEL.ROI_BOX_HEAD.NORM is "GhostBN"', '"BNConvFCHead"'],
+        ),
         (["MODEL.ROI_HEADS.NUM_CLASSES", "80"], ["MODEL.ROI_HEADS.NUM_CLASSES is 80", "4 classes"]),
         (["MODEL.WEIGHTS", "no/such.pth"], ["MODEL.WEIGHTS no/such.pth", "no such file"]),
         (["SOLVER.IMS_PER_BATCH", "3"], ["SOLVER.IMS_PER_BATCH 3", "2 workers"]),
@@ -283,6 +347,59 @@ def test_statistics_are_averaged_before_checkpoint_and_evaluation(
 def test_batch_inference_needs_a_bn_layer(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"BN\.INFERENCE.*BN\.MODULES"):
         trainer(folder, tmp_path, "gn", "BN.INFERENCE", "batch")
+
+
+def test_conversion_that_matches_nothing_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"BN\.CONVERT.*roi_head\.\*.*no module.*roi_heads"):
+        trainer(folder, tmp_path, "bn", "BN.CONVERT", "[['roi_head.*', 'ShuffleBN']]")
+
+
+@pytest.mark.timeout(120)
+def test_one_process_trains_as_four_workers(folder: Path, tmp_path: Path) -> None:
+    run = train_net(
+        *("--config-file", str(QUICKSTART / "mask_rcnn_shuffle.yaml"), "--num-gpus", "1"),
+        *overrides(folder, tmp_path / "run", *VIRTUAL_4, "BN.VIRTUAL_LOSSES", True),
+        *("SOLVER.MAX_ITER", "2", "SOLVER.WARMUP_ITERS", "1"),
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert ap(tmp_path / "run" / "inference" / "results.json").keys() == {"bbox", "segm"}
+
+
+def test_resumed_permutations_are_those_of_an_uninterrupted_run(
+    folder: Path, tmp_path: Path
+) -> None:
+    def permutations(output: str, max_iter: int, resume: bool) -> dict[str, tuple[int, Tensor]]:
+        """Seed and groups of every head and iteration."""
+        run = trainer(
+            *(folder, tmp_path / output, "shuffle", "SOLVER.IMS_PER_BATCH", 2),
+            *("BN.VIRTUAL_WORKERS", 2, "DATASETS.TEST", "()", "SOLVER.MAX_ITER", max_iter),
+        )
+        drawn = {}
+        for head in ("box_head", "mask_head"):
+            scope = run.model.get_submodule(f"roi_heads.{head}").bn_scope
+
+            def make(rows: Rows, head: str = head, make: Any = scope.make) -> Groups:
+                groups = make(rows)
+                drawn[f"{head} {run.iter}"] = (rows.seed, groups.ids)
+                return groups
+
+            scope.make = make
+        run.resume_or_load(resume=resume)
+        run.train()
+        return drawn
+
+    whole = permutations("whole", 4, resume=False)
+    first = permutations("parts", 2, resume=False)
+    second = permutations("parts", 4, resume=True)
+    assert list(second) == [f"{head} {k}" for k in (2, 3) for head in ("box_head", "mask_head")]
+    assert whole.keys() == first.keys() | second.keys()
+    assert len({seed for seed, _ in whole.values()}) == len(whole)
+    for key, (seed, ids) in {**first, **second}.items():
+        assert seed == whole[key][0], key
+        # Images are drawn anew, and with them the number of foreground RoIs.
+        if key.startswith("box_head"):
+            assert len(ids) == 2 * 64
+            assert torch.equal(ids, whole[key][1]), key
 
 
 def test_an_unreadable_image_is_left_out(folder: Path, tmp_path: Path) -> None:

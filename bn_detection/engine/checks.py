@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.layers import get_norm
 
 from ..config import ConfigError
-from ..heads import NORMS
-from ..norm import INFERENCE, check_choice
+from ..heads import SHUFFLE_MODES, BNOptions, norm_names
+from ..norm import INFERENCE, build_partition, check_choice, partition_names
 
-_OUR_HEADS = {"ROI_BOX_HEAD": "BNConvFCHead", "ROI_MASK_HEAD": "BNConvUpsampleHead"}
-_STOCK_HEADS = {"ROI_BOX_HEAD": "FastRCNNConvFCHead", "ROI_MASK_HEAD": "MaskRCNNConvUpsampleHead"}
+
+class _Head(NamedTuple):
+    ours: str
+    stock: str
+    stock_has_norm: bool = True
+
+
+_HEADS = {
+    "ROI_BOX_HEAD": _Head("BNConvFCHead", "FastRCNNConvFCHead"),
+    "ROI_MASK_HEAD": _Head("BNConvUpsampleHead", "MaskRCNNConvUpsampleHead"),
+    "ROI_KEYPOINT_HEAD": _Head("BNConvDeconvKeypointHead", "KRCNNConvDeconvUpsampleHead", False),
+}
 
 
 def check_config(cfg: CfgNode, *, num_workers: int, eval_only: bool, resume: bool) -> None:
@@ -29,12 +41,13 @@ def check_config(cfg: CfgNode, *, num_workers: int, eval_only: bool, resume: boo
         ConfigError: names the key, its value, and what would be right.
     """
     _check_heads(cfg)
-    _check_bn(cfg.BN)
+    _check_bn(cfg)
     resumes = resume and last_checkpoint(cfg.OUTPUT_DIR) is not None
     if not resumes:
         _check_weights(cfg.MODEL.WEIGHTS)
     if not eval_only:
         _check_training(cfg, num_workers, resume)
+        _check_virtual_workers(cfg, num_workers)
 
 
 def last_checkpoint(folder: str) -> str | None:
@@ -44,25 +57,30 @@ def last_checkpoint(folder: str) -> str | None:
 
 
 def _check_heads(cfg: CfgNode) -> None:
-    for head, ours in _OUR_HEADS.items():
-        if head == "ROI_MASK_HEAD" and not cfg.MODEL.MASK_ON:
+    on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
+    absent = {
+        "ROI_MASK_HEAD": not cfg.MODEL.MASK_ON,
+        "ROI_KEYPOINT_HEAD": not cfg.MODEL.KEYPOINT_ON,
+    }
+    for name, head in _HEADS.items():
+        key, node = f"MODEL.{name}", cfg.MODEL[name]
+        if absent.get(name):
             continue
-        key, node = f"MODEL.{head}", cfg.MODEL[head]
-        if ours == node.NAME:
-            _check_choice(f"{key}.NORM", node.NORM, NORMS)
-        elif node.NORM == "ShuffleBN" or (
-            _STOCK_HEADS[head] == node.NAME
-            and node.NORM == "SyncBN"
-            and torch.device(cfg.MODEL.DEVICE).type == "cpu"
-        ):
-            reason = "does not shuffle" if node.NORM == "ShuffleBN" else "cannot do that on a CPU"
+        if head.ours == node.NAME:
+            _check_choice(f"{key}.NORM", node.NORM, norm_names())
+        elif head.stock == node.NAME and not _stock_can(head, node.NORM):
             raise ConfigError(
-                f'{key}.NORM is "{node.NORM}", and {key}.NAME "{node.NAME}" {reason}; '
-                f'set {key}.NAME "{ours}".'
+                f'{key}.NORM is "{node.NORM}", which {key}.NAME "{node.NAME}" does not have; '
+                f'set {key}.NAME "{head.ours}".'
+            )
+        elif head.stock == node.NAME and node.NORM == "SyncBN" and on_cpu:
+            raise ConfigError(
+                f'{key}.NORM is "SyncBN", and {key}.NAME "{node.NAME}" cannot do that on a CPU; '
+                f'set {key}.NAME "{head.ours}".'
             )
     box_head = cfg.MODEL.ROI_BOX_HEAD
     if cfg.MODEL.ROI_HEADS.NAME == "Res5ROIHeads" and (
-        box_head.NORM or _OUR_HEADS["ROI_BOX_HEAD"] == box_head.NAME
+        box_head.NORM or _HEADS["ROI_BOX_HEAD"].ours == box_head.NAME
     ):
         raise ConfigError(
             'MODEL.ROI_HEADS.NAME is "Res5ROIHeads", whose second stage is a ResNet stage and has '
@@ -72,12 +90,67 @@ def _check_heads(cfg: CfgNode) -> None:
         )
 
 
-def _check_bn(node: CfgNode) -> None:
+def _stock_can(head: _Head, norm: str) -> bool:
+    if not head.stock_has_norm:
+        return norm == ""
+    try:
+        get_norm(norm, 32)
+    except KeyError:
+        return False
+    return True
+
+
+def _check_bn(cfg: CfgNode) -> None:
+    node = cfg.BN
     _check_choice("BN.INFERENCE", node.INFERENCE, INFERENCE)
     if not 0 < node.MOMENTUM <= 1:
         raise ConfigError(f"BN.MOMENTUM {node.MOMENTUM}: it must be above 0 and at most 1.")
     if node.EPS <= 0:
         raise ConfigError(f"BN.EPS {node.EPS}: it must be above 0.")
+    _check_choice("BN.SHUFFLE.MODE", node.SHUFFLE.MODE, SHUFFLE_MODES)
+    _check_choice("BN.RENORM.PARTITION", node.RENORM.PARTITION, partition_names())
+    try:
+        build_partition("ghost", ghost_size=node.GHOST.SIZE)
+        BNOptions.from_config(cfg)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    for entry in node.CONVERT:
+        is_pair = isinstance(entry, list | tuple) and len(entry) == 2
+        if not (is_pair and all(isinstance(part, str) for part in entry)):
+            raise ConfigError(
+                f"BN.CONVERT {entry}: each entry is [glob over module names, norm], such as "
+                '["roi_heads.*", "ShuffleBN"].'
+            )
+        _check_choice(f"BN.CONVERT {entry}: the norm", entry[1], norm_names())
+
+
+def _check_virtual_workers(cfg: CfgNode, num_workers: int) -> None:
+    virtual = cfg.BN.VIRTUAL_WORKERS
+    if virtual == 0:
+        if cfg.BN.VIRTUAL_LOSSES:
+            raise ConfigError(
+                "BN.VIRTUAL_LOSSES True averages losses over virtual workers: set "
+                "BN.VIRTUAL_WORKERS to their number."
+            )
+        return
+    if virtual < 0 or virtual % num_workers:
+        raise ConfigError(
+            f"BN.VIRTUAL_WORKERS {virtual}: it must be a multiple of the number of workers, "
+            f"{num_workers} here; 0 is for none."
+        )
+    # What Detectron2 scales it to with REFERENCE_WORLD_SIZE.
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE or num_workers
+    images = cfg.SOLVER.IMS_PER_BATCH * num_workers // reference
+    if images % virtual:
+        raise ConfigError(
+            f"BN.VIRTUAL_WORKERS {virtual}: SOLVER.IMS_PER_BATCH {images} cannot be divided among "
+            f"them; give a multiple of {virtual} images."
+        )
+    if cfg.BN.SHUFFLE.MODE == "features" and virtual != num_workers:
+        raise ConfigError(
+            f"BN.SHUFFLE.MODE features moves RoIs between workers; BN.VIRTUAL_WORKERS {virtual} "
+            f"are not the {num_workers} that run; set BN.SHUFFLE.MODE statistics."
+        )
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

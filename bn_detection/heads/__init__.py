@@ -2,14 +2,19 @@
 
 from .backbone import SmallConvBackbone
 from .configure import configure_model
-from .norms import NORMS, norm_factory
-from .roi_heads import BNConvFCHead, BNConvUpsampleHead
+from .convert import convert_norm
+from .norms import SHUFFLE_MODES, BNOptions, NormFactory, norm_names
+from .roi_heads import BNConvDeconvKeypointHead, BNConvFCHead, BNConvUpsampleHead
 
 __all__ = [
-    "NORMS",
+    "SHUFFLE_MODES",
+    "BNConvDeconvKeypointHead",
     "BNConvFCHead",
     "BNConvUpsampleHead",
+    "BNOptions",
+    "NormFactory",
     "SmallConvBackbone",
     "configure_model",
-    "norm_factory",
+    "convert_norm",
+    "norm_names",
 ]

@@ -6,8 +6,11 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from ..config import ConfigError
-from ..norm import set_inference
-from .roi_heads import ShuffledHead
+from ..norm import PartitionedBatchNorm2d, set_inference
+from .convert import announce_images, convert_norm
+from .norms import BNOptions
+from .roi_heads import PartitionedHead
+from .virtual_losses import average_losses_over_virtual_workers
 
 
 def configure_model(cfg: CfgNode, model: nn.Module) -> nn.Module:
@@ -23,11 +26,27 @@ def configure_model(cfg: CfgNode, model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        ConfigError: ``BN.INFERENCE`` is "batch", and no BN layer is in ``BN.MODULES``.
+        ConfigError: ``BN.CONVERT`` matches nothing; ``BN.INFERENCE`` is "batch", and no BN layer
+            is in ``BN.MODULES``; ``BN.VIRTUAL_LOSSES`` without ROI heads.
     """
     for name, module in model.named_modules():
-        if isinstance(module, ShuffledHead) and module.shuffle is not None:
-            module.shuffle.name = name
+        if isinstance(module, PartitionedBatchNorm2d):
+            module.rename(name)
+        elif isinstance(module, PartitionedHead):
+            for scope in (module.bn_scope, module.shuffle):
+                if scope is not None:
+                    scope.rename(name)
+                    announce_images(model, name, scope)
+    try:
+        for glob, norm in cfg.BN.CONVERT:
+            convert_norm(model, norm, glob, options=BNOptions.from_config(cfg))
+    except ValueError as error:
+        raise ConfigError(f"BN.CONVERT {cfg.BN.CONVERT}: {error}") from error
+    if cfg.BN.VIRTUAL_LOSSES:
+        try:
+            average_losses_over_virtual_workers(model, cfg.BN.VIRTUAL_WORKERS)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
     selected = set_inference(model, cfg.BN.INFERENCE, cfg.BN.MODULES)
     if cfg.BN.INFERENCE == "batch" and not selected:
         raise ConfigError(

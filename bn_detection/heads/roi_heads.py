@@ -1,38 +1,56 @@
-"""Box and mask heads with every kind of normalization, RoI shuffling included."""
+"""Box, mask and keypoint heads with every kind of normalization, RoI shuffling included."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import ROI_BOX_HEAD_REGISTRY, ROI_MASK_HEAD_REGISTRY
-from detectron2.modeling.roi_heads import FastRCNNConvFCHead, MaskRCNNConvUpsampleHead
-from detectron2.utils.events import get_event_storage
-from torch import Tensor
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.modeling import (
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_KEYPOINT_HEAD_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+)
+from detectron2.modeling.roi_heads import (
+    FastRCNNConvFCHead,
+    KRCNNConvDeconvUpsampleHead,
+    MaskRCNNConvUpsampleHead,
+)
+from torch import Tensor, nn
 
-from ..norm import ExchangePlan, RoIShuffle, exchange, restore
-from .norms import norm_factory
+from ..norm import ExchangePlan, Scope, exchange, restore
+from .norms import BNOptions, NormFactory
 
 
-class ShuffledHead:
-    """Moves RoIs into their groups before a head's layers, and their features back after them."""
+class PartitionedHead(nn.Module):
+    """A head on RoIs whose layers share groups, or that exchanges its RoIs with other workers.
 
-    shuffle: RoIShuffle | None
+    Attributes:
+        bn_scope: what its normalization layers share in a call; None if nothing.
+        shuffle: draws the exchange of a call, in ``features`` mode; else None.
+    """
 
-    def _plan(self, x: Tensor) -> ExchangePlan | None:
-        if self.shuffle is None or not self.training:
-            return None
-        return self.shuffle.plan(x, get_event_storage().iter)
+    bn_scope: Scope[Any] | None
+    shuffle: Scope[ExchangePlan | None] | None
+
+    def _share(self, factory: NormFactory) -> None:
+        self.bn_scope, self.shuffle = factory.scope, factory.shuffle
+        for scope in (factory.scope, factory.shuffle):
+            if scope is not None:
+                scope.attach(self)
+
+    def _on_groups(self, layers: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        plan = self.shuffle.get(self, x) if self.shuffle is not None and self.training else None
+        return layers(x) if plan is None else restore(layers(exchange(x, plan)), plan)
 
 
 @ROI_BOX_HEAD_REGISTRY.register()
-class BNConvFCHead(ShuffledHead, FastRCNNConvFCHead):
+class BNConvFCHead(FastRCNNConvFCHead, PartitionedHead):
     """Detectron2's ``FastRCNNConvFCHead`` (N conv + M fc) with any of this project's ``NORM``.
 
-    Same layers, names and state_dict. With ``ShuffleBN``, RoIs are shuffled across workers during
-    training (*Rethinking "Batch" in BatchNorm*, Sec. 5.3): every worker must call the head, with
-    any number of RoIs, inside a Detectron2 training loop (its event storage gives the iteration).
+    Same layers, names and state_dict. With ``SyncBN`` and ``ShuffleBN`` (*Rethinking "Batch" in
+    BatchNorm*, Sec. 5.3) every worker must call the head in training, with any number of RoIs.
     """
 
     @configurable
@@ -43,46 +61,35 @@ class BNConvFCHead(ShuffledHead, FastRCNNConvFCHead):
         conv_dims: list[int],
         fc_dims: list[int],
         conv_norm: str = "",
-        bn_eps: float = 1e-5,
-        bn_momentum: float = 0.1,
-        shuffle_seed: int = -1,
+        bn_options: BNOptions | None = None,
     ) -> None:
         """
         Args:
             input_shape: shape of the RoI features.
             conv_dims: output channels of each conv layer.
             fc_dims: output channels of each fc layer.
-            conv_norm: one of :data:`bn_detection.heads.NORMS`.
-            bn_eps: added to the variance, by the BN kinds.
-            bn_momentum: weight of the newest mini-batch in the running statistics.
-            shuffle_seed: of ``ShuffleBN``'s permutations, the same on all workers; negative for a
-                random one that they agree on.
+            conv_norm: one of :func:`bn_detection.heads.norm_names`.
+            bn_options: of the BN kinds.
 
         Raises:
             ValueError: for an unknown ``conv_norm``.
         """
-        super().__init__(
-            input_shape,
-            conv_dims=conv_dims,
-            fc_dims=fc_dims,
-            conv_norm=norm_factory(conv_norm, eps=bn_eps, momentum=bn_momentum),
-        )
-        self.shuffle = RoIShuffle(shuffle_seed) if conv_norm == "ShuffleBN" else None
+        norm = NormFactory(conv_norm, bn_options)
+        super().__init__(input_shape, conv_dims=conv_dims, fc_dims=fc_dims, conv_norm=norm or "")
+        self._share(norm)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-        return {**super().from_config(cfg, input_shape), **_bn_arguments(cfg)}
+        arguments = super().from_config(cfg, input_shape)
+        return {**arguments, "bn_options": BNOptions.from_config(cfg)}
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x: ``(R, C, H, W)``. Returns ``(R, *output_shape)``."""
-        plan = self._plan(x)
-        if plan is None:
-            return super().forward(x)
-        return restore(super().forward(exchange(x, plan)), plan)
+        return self._on_groups(super().forward, x)
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
-class BNConvUpsampleHead(ShuffledHead, MaskRCNNConvUpsampleHead):
+class BNConvUpsampleHead(MaskRCNNConvUpsampleHead, PartitionedHead):
     """Detectron2's ``MaskRCNNConvUpsampleHead`` with any of this project's ``NORM``.
 
     As :class:`BNConvFCHead` is to ``FastRCNNConvFCHead``.
@@ -96,9 +103,7 @@ class BNConvUpsampleHead(ShuffledHead, MaskRCNNConvUpsampleHead):
         num_classes: int,
         conv_dims: list[int],
         conv_norm: str = "",
-        bn_eps: float = 1e-5,
-        bn_momentum: float = 0.1,
-        shuffle_seed: int = -1,
+        bn_options: BNOptions | None = None,
         **kwargs: Any,
     ) -> None:
         """
@@ -106,35 +111,79 @@ class BNConvUpsampleHead(ShuffledHead, MaskRCNNConvUpsampleHead):
             input_shape: shape of the RoI features.
             num_classes: foreground classes; 1 for class-agnostic masks.
             conv_dims: output channels of each conv layer, and last of the upsampling layer.
-            conv_norm: one of :data:`bn_detection.heads.NORMS`.
-            bn_eps: added to the variance, by the BN kinds.
-            bn_momentum: weight of the newest mini-batch in the running statistics.
-            shuffle_seed: as in :class:`BNConvFCHead`.
+            conv_norm: one of :func:`bn_detection.heads.norm_names`.
+            bn_options: of the BN kinds.
             kwargs: of ``BaseMaskRCNNHead``.
 
         Raises:
             ValueError: for an unknown ``conv_norm``.
         """
+        norm = NormFactory(conv_norm, bn_options)
         super().__init__(
             input_shape,
             num_classes=num_classes,
             conv_dims=conv_dims,
-            conv_norm=norm_factory(conv_norm, eps=bn_eps, momentum=bn_momentum),
+            conv_norm=norm or "",
             **kwargs,
         )
-        self.shuffle = RoIShuffle(shuffle_seed) if conv_norm == "ShuffleBN" else None
+        self._share(norm)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-        return {**super().from_config(cfg, input_shape), **_bn_arguments(cfg)}
+        arguments = super().from_config(cfg, input_shape)
+        return {**arguments, "bn_options": BNOptions.from_config(cfg)}
 
     def layers(self, x: Tensor) -> Tensor:
         """Args: x: ``(R, C, H, W)``. Returns mask logits ``(R, num_classes, 2H, 2W)``."""
-        plan = self._plan(x)
-        if plan is None:
-            return super().layers(x)
-        return restore(super().layers(exchange(x, plan)), plan)
+        return self._on_groups(super().layers, x)
 
 
-def _bn_arguments(cfg: CfgNode) -> dict[str, Any]:
-    return {"bn_eps": cfg.BN.EPS, "bn_momentum": cfg.BN.MOMENTUM, "shuffle_seed": cfg.SEED}
+@ROI_KEYPOINT_HEAD_REGISTRY.register()
+class BNConvDeconvKeypointHead(KRCNNConvDeconvUpsampleHead, PartitionedHead):
+    """Detectron2's ``KRCNNConvDeconvUpsampleHead`` with a norm after each convolution.
+
+    Detectron2's has none: with ``conv_norm`` "" the layers and the state_dict are the same; with
+    another, the convolutions ``conv_fcn<k>`` have no bias and a layer ``conv_fcn<k>.norm``.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        input_shape: ShapeSpec,
+        *,
+        num_keypoints: int,
+        conv_dims: list[int],
+        conv_norm: str = "",
+        bn_options: BNOptions | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            input_shape: shape of the RoI features.
+            num_keypoints: K, of the dataset.
+            conv_dims: output channels of each conv layer.
+            conv_norm: one of :func:`bn_detection.heads.norm_names`.
+            bn_options: of the BN kinds.
+            kwargs: of ``BaseKeypointRCNNHead``.
+
+        Raises:
+            ValueError: for an unknown ``conv_norm``.
+        """
+        norm = NormFactory(conv_norm, bn_options)
+        super().__init__(input_shape, num_keypoints=num_keypoints, conv_dims=conv_dims, **kwargs)
+        for index, channels in enumerate(conv_dims, start=1):
+            conv: Conv2d = self.get_submodule(f"conv_fcn{index}")
+            conv.norm = get_norm(norm or "", channels)
+            if conv.norm is not None:
+                conv.bias = None
+        self._share(norm)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        arguments = super().from_config(cfg, input_shape)
+        norm = cfg.MODEL.ROI_KEYPOINT_HEAD.NORM
+        return {**arguments, "conv_norm": norm, "bn_options": BNOptions.from_config(cfg)}
+
+    def layers(self, x: Tensor) -> Tensor:
+        """Args: x: ``(R, C, H, W)``. Returns heatmap logits ``(R, K, 4H, 4W)``."""
+        return self._on_groups(super().layers, x)

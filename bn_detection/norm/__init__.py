@@ -1,19 +1,50 @@
-"""The one normalization layer, its collectives, and RoI shuffling. Knows torch alone."""
+"""The one normalization layer, its partitions and collectives. Knows torch alone."""
 
-from .functional import world_batch_norm
-from .layer import INFERENCE, PARTITIONS, PartitionedBatchNorm2d, check_choice, set_inference
-from .shuffle import ExchangePlan, RoIShuffle, exchange, plan_exchange, restore
+from .convert import matches, replace_layers, set_inference, take_tensors, to_plain_batch_norm
+from .functional import GroupStatistics, group_statistics, grouped_batch_norm
+from .layer import INFERENCE, PartitionedBatchNorm2d
+from .partition import (
+    Groups,
+    Partition,
+    build_partition,
+    check_choice,
+    images_per_virtual_worker,
+    partition_names,
+    register_partition,
+    shuffled_groups,
+    virtual_share,
+)
+from .renorm import RenormSchedule
+from .scope import Rows, Scope, set_clock, set_rows_per_image
+from .shuffle import ExchangePlan, exchange, plan_exchange, restore
 
 __all__ = [
     "INFERENCE",
-    "PARTITIONS",
     "ExchangePlan",
+    "GroupStatistics",
+    "Groups",
+    "Partition",
     "PartitionedBatchNorm2d",
-    "RoIShuffle",
+    "RenormSchedule",
+    "Rows",
+    "Scope",
+    "build_partition",
     "check_choice",
     "exchange",
+    "group_statistics",
+    "grouped_batch_norm",
+    "images_per_virtual_worker",
+    "matches",
+    "partition_names",
     "plan_exchange",
+    "register_partition",
+    "replace_layers",
     "restore",
+    "set_clock",
     "set_inference",
-    "world_batch_norm",
+    "set_rows_per_image",
+    "shuffled_groups",
+    "take_tensors",
+    "to_plain_batch_norm",
+    "virtual_share",
 ]

@@ -1,111 +1,170 @@
-"""Batch normalization over the samples of all workers, as an explicit autograd function."""
+"""Batch normalization over groups of rows, as an explicit autograd function."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-Statistics = tuple[int, Tensor, Tensor]
+from .partition import Groups
+from .rows import accumulation_dtype, row_affine, row_gradient_sums, row_statistics, use_rows
+
+AllReduce = Callable[[Tensor], Tensor]
 
 
-def world_batch_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Statistics]:
-    """Normalize with the mean and biased variance of all workers' values together.
+@dataclass(frozen=True)
+class GroupStatistics:
+    """Mini-batch statistics of every group.
 
-    Forward sends 2C+1 float64 numbers a worker (an all-gather), backward 2C (an all-reduce). Every
-    worker of the default process group must call it; a worker's N may differ or be zero.
+    Attributes:
+        count: ``(G, 1)`` float64, number of values a channel (N x H x W); 0 for an empty group.
+        mean: ``(G, C)`` float64.
+        var: ``(G, C)`` float64, biased.
+    """
+
+    count: Tensor
+    mean: Tensor
+    var: Tensor
+
+
+@torch.no_grad()
+def group_statistics(
+    x: Tensor, groups: Groups, all_reduce: AllReduce | None = None
+) -> GroupStatistics:
+    """The statistics of each group, in one pass over ``x`` and at most one collective.
+
+    Each row's mean and variance are computed stably, and only then summed, in float64: a mean of
+    10,000 standard deviations costs eight of its sixteen digits.
 
     Args:
-        x: ``(N, C, H, W)``, any floating dtype.
+        x: ``(N, C, H, W)``, any floating dtype; N may be zero.
+        groups: the group of each row.
+        all_reduce: sums a float64 tensor over the workers, if groups span them: 2C + 1 numbers a
+            group.
+    """
+    channels = x.shape[1]
+    sums = torch.zeros(groups.number, 2 * channels + 1, dtype=torch.float64, device=x.device)
+    if x.numel() > 0:
+        shared = not use_rows(x, groups.ids is None)
+        mean, var = (t.double() for t in row_statistics(x, shared=shared))
+        # Values a row; shared statistics count as those of one row.
+        weight = x.numel() / mean.numel()
+        rows = torch.cat([torch.ones_like(mean[:, :1]), mean, var + mean.square()], dim=1)
+        sums = _sum_by_group(rows.mul_(weight), groups)
+    if all_reduce is not None:
+        sums = all_reduce(sums)
+    count, total, squares = sums.split([1, channels, channels], dim=1)
+    safe = count.clamp(min=1)
+    mean = total / safe
+    return GroupStatistics(count, mean, (squares / safe - mean.square()).clamp_(min=0))
+
+
+def grouped_batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    statistics: GroupStatistics,
+    groups: Groups,
+    eps: float,
+    *,
+    all_reduce: AllReduce | None = None,
+    correction: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Normalize each row with the statistics of its group, differentiated through them.
+
+    ``y = ((x - mean_g) / sqrt(var_g + eps) * r_g + d_g) * weight + bias``, with r = 1 and d = 0
+    unless given. The gradients of weight and bias are this worker's share (DDP averages them).
+
+    Args:
+        x: ``(N, C, H, W)``, any floating dtype; N may be zero.
         weight: ``(C,)``, the affine scale.
         bias: ``(C,)``, the affine shift.
+        statistics: of :func:`group_statistics` for the same ``x``.
+        groups: the group of each row.
         eps: added to the variance.
+        all_reduce: as there, called once in the backward: 2C numbers a group.
+        correction: r and d of Batch Renormalization, ``(G, C)``; no gradient flows through them.
 
     Returns:
-        The output, as ``x``, and ``(count, mean, var)``: the number of values a channel, their mean
-        and biased variance, ``(C,)`` float64, the same bits on every worker.
+        The output, in the shape and dtype of ``x``.
     """
-    with torch.no_grad():
-        count, mean, var = _world_statistics(x)
-    return _WorldBatchNorm.apply(x, weight, bias, mean, var, count, eps), (count, mean, var)
+    return _GroupedBatchNorm.apply(
+        x, weight, bias, statistics, groups, eps, all_reduce, correction or (None, None)
+    )
 
 
-def _world_statistics(x: Tensor) -> Statistics:
-    channels = x.shape[1]
-    local = torch.zeros(2 * channels + 1, dtype=torch.float64, device=x.device)
-    count = x.numel() // channels
-    if count > 0:
-        mean, var = _mean_and_var(x)
-        local[0] = count
-        local[1 : channels + 1] = mean
-        local[channels + 1 :] = var
-    gathered = local.new_empty(dist.get_world_size(), local.numel())
-    dist.all_gather(list(gathered.unbind(0)), local)
-    counts, means, variances = gathered.split([1, channels, channels], dim=1)
-    total = counts.sum()
-    if total == 0:
-        return 0, local.new_zeros(channels), local.new_ones(channels)
-    # Chan et al. 1979: the variance of a union from the parts' counts, means and variances.
-    weights = counts / total
-    mean = (weights * means).sum(0)
-    var = (weights * (variances + (means - mean).square())).sum(0)
-    return int(total), mean, var
-
-
-def _mean_and_var(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Per channel, in at least float32; the variance is biased."""
-    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    if x.device.type == "cpu":  # the kernel of nn.BatchNorm2d, three times faster than var_mean
-        return torch.batch_norm_update_stats(x, None, None, 0.0)
-    var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
-    return mean, var
-
-
-class _WorldBatchNorm(torch.autograd.Function):
-    """``(x - mean) / sqrt(var + eps) * weight + bias``, differentiated through mean and var."""
-
+class _GroupedBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx,
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        count: int,
+        statistics: GroupStatistics,
+        groups: Groups,
         eps: float,
+        all_reduce: AllReduce | None,
+        correction: tuple[Tensor | None, Tensor | None],
     ) -> Tensor:
-        mean, var = mean.to(weight.dtype), var.to(weight.dtype)
-        ctx.save_for_backward(x, weight, mean, var)
-        ctx.count, ctx.eps = count, eps
-        return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False)
+        r, d = correction
+        invstd = (statistics.var + eps).rsqrt()
+        scale = weight.double() * invstd if r is None else weight.double() * r * invstd
+        shift = bias.double().expand_as(scale) if d is None else bias.double() + weight.double() * d
+        ctx.save_for_backward(x, scale, statistics.mean, invstd, statistics.count, r, d)
+        ctx.groups, ctx.all_reduce = groups, all_reduce
+        ctx.parameter_dtype = weight.dtype
+        if x.numel() == 0:
+            return torch.empty_like(x)
+        mean, scale, shift = (_to_rows(t, x, groups) for t in (statistics.mean, scale, shift))
+        return row_affine(x, mean, scale, shift)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, var = ctx.saved_tensors
+        x, scale, mean, invstd, count, r, d = ctx.saved_tensors
+        groups: Groups = ctx.groups
+        # Sums over each group of grad and of grad * xhat, side by side.
+        sums = scale.new_zeros(groups.number, 2 * x.shape[1])
         if x.numel() > 0:
-            # With fixed statistics the parameter gradients are the two sums that grad_x needs.
-            _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-                grad, x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
-            )
-        else:
-            grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(weight)
+            rows = row_gradient_sums(grad, x, _to_rows(mean, x, groups))
+            sums = _sum_by_group(torch.cat(rows, dim=1).double(), groups)
+        grad_sum, product_sum = sums.chunk(2, dim=1)
+        product_sum.mul_(invstd)
+        grad_weight = product_sum if r is None else r * product_sum + d * grad_sum
+        grad_weight, grad_bias = (t.sum(0).to(ctx.parameter_dtype) for t in (grad_weight, grad_sum))
         grad_x = None
         if ctx.needs_input_grad[0]:
-            sums = torch.stack([grad_weight, grad_bias]).double()
-            dist.all_reduce(sums)
-            mean_grad_xhat, mean_grad = sums / max(ctx.count, 1)
-            invstd = (var.double() + ctx.eps).rsqrt()
-            # weight * invstd * (grad - mean_grad - xhat * mean_grad_xhat), linear in grad and x.
-            scale = weight.double() * invstd
-            slope = -scale * mean_grad_xhat * invstd
-            shift = -scale * mean_grad - slope * mean.double()
-            scale, slope, shift = (
-                t.to(weight.dtype).view(1, -1, 1, 1) for t in (scale, slope, shift)
-            )
-            grad_x = torch.addcmul(shift, grad, scale).addcmul_(x, slope).to(x.dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None, None
+            if ctx.all_reduce is not None:
+                sums = ctx.all_reduce(sums)
+            mean_grad, mean_product = (sums / count.clamp(min=1)).chunk(2, dim=1)
+            # scale * (grad - mean_grad - xhat * mean_product), linear in grad and x.
+            slope = -scale * mean_product * invstd
+            shift = -scale * mean_grad - slope * mean
+            grad_x = _combine(grad, x, *(_to_rows(t, x, groups) for t in (scale, slope, shift)))
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None
+
+
+def _combine(grad: Tensor, x: Tensor, scale: Tensor, slope: Tensor, shift: Tensor) -> Tensor:
+    """``grad * scale + x * slope + shift``, as ``x``."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    out = row_affine(grad.to(scale.dtype), torch.zeros_like(shift), scale, shift)
+    return out.addcmul_(x, slope[:, :, None, None]).to(x.dtype)
+
+
+def _sum_by_group(rows: Tensor, groups: Groups) -> Tensor:
+    """``(N, K)`` to ``(G, K)``."""
+    if groups.ids is None:
+        return rows.sum(0, keepdim=True)
+    return rows.new_zeros(groups.number, rows.shape[1]).index_add_(0, groups.ids, rows)
+
+
+def _to_rows(values: Tensor, x: Tensor, groups: Groups) -> Tensor:
+    """``(G, C)`` to the parameters of each row, in the dtype that ``x`` is computed in."""
+    values = values.to(accumulation_dtype(x))
+    if groups.ids is not None:
+        return values[groups.ids]
+    return values.expand(x.shape[0], -1) if use_rows(x, True) else values

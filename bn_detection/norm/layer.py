@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Sequence
-
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from .functional import world_batch_norm
+from .collectives import Collectives, world_size
+from .functional import GroupStatistics, group_statistics, grouped_batch_norm
+from .partition import Groups, Partition, build_partition, check_choice
+from .renorm import RenormSchedule
+from .scope import Forwards, Scope, in_backward
 
-PARTITIONS = ("worker", "world")
 INFERENCE = ("population", "batch")
+
+_ONE_GROUP = Groups(None, 1)
 
 
 class PartitionedBatchNorm2d(nn.BatchNorm2d):
@@ -20,17 +21,24 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
 
     A ``BatchNorm2d`` in every other respect: same parameters, buffers and state_dict, so its
     weights load in a plain ``nn.BatchNorm2d`` and back. It differs from it in accepting batches
-    that are empty (they change no statistic) or hold one value a channel (which normalizes to the
-    bias, and changes no statistic, for its unbiased variance does not exist).
+    and groups that are empty (they change no statistic) or hold one value a channel (which
+    normalizes to the bias, and changes no statistic, for its unbiased variance does not exist).
+
+    The running statistics move by ``momentum`` towards the mean, over the groups that have at least
+    two values a channel, of the groups' means and unbiased variances. A forward that activation
+    checkpointing repeats in the backward does not move them again.
 
     Args:
         num_features: channels C of the input.
-        partition: which samples share statistics in training. ``worker``: those of this process
-            (plain BN). ``world``: those of all processes, weighted by their count (SyncBN), also on
-            CPU and with unequal or empty workers; without a process group it is ``worker``.
+        partition: which rows share statistics in training: the name of a registered partition
+            (``worker``, ``world``, ``shuffle``, ``ghost``, ``image``), or a :class:`Partition`.
         inference: what ``eval()`` normalizes with: ``population``, the running statistics; or
             ``batch``, those of the current forward on this process (the "mini-batch statistics"
             of *Rethinking "Batch" in BatchNorm*, Sec. 3). Inference calls no collective.
+        renorm: the schedule of Batch Renormalization (Ioffe 2017), whose steps are this layer's
+            training forwards; None for BN.
+        scope: shared by the layers of a head, which then have the same groups; by default the layer
+            has its own.
         eps: added to the variance.
         momentum: weight of the newest mini-batch in the running statistics; None for their
             cumulative average, as in ``nn.BatchNorm2d``.
@@ -38,21 +46,35 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
     Shape: input and output ``(N, C, H, W)``, any floating dtype, N >= 0.
 
     Raises:
-        ValueError: for an unknown partition or inference mode, or an input that is not 4D.
+        ValueError: for an unknown partition or inference mode, an input that is not 4D, or (by the
+            partition) rows of unknown images.
+        RuntimeError: workers are not in step, or the layer is called outside the module that it
+            shares groups with.
     """
 
     def __init__(
         self,
         num_features: int,
         *,
-        partition: str = "worker",
+        partition: str | Partition = "worker",
         inference: str = "population",
+        renorm: RenormSchedule | None = None,
+        scope: Scope[Groups] | None = None,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
     ) -> None:
         super().__init__(num_features, eps=eps, momentum=momentum)
-        self.partition = check_choice("partition", partition, PARTITIONS)
+        self.partition = build_partition(partition) if isinstance(partition, str) else partition
         self.inference = check_choice("inference", inference, INFERENCE)
+        self.renorm = renorm
+        self.scope = scope or Scope(self.partition.groups)
+        self.rename("")
+        self._corrections: Forwards[tuple[Tensor, Tensor]] = Forwards()
+
+    def rename(self, name: str) -> None:
+        """Set the name of the layer in error messages: the one that the model has for it."""
+        self.name = name
+        self._collectives = Collectives(name or f"PartitionedBatchNorm2d({self.num_features})")
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
@@ -60,15 +82,79 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
             use_batch = self.inference == "batch"
             mean, var = (None, None) if use_batch else (self.running_mean, self.running_var)
             return self._batch_norm(input, mean, var, use_batch, 0.0)
-        if self.partition == "world" and _world_size() > 1:
-            output, stats = world_batch_norm(input, self.weight, self.bias, self.eps)
-            self._update_running_statistics(*stats)
-            return output
-        if _values_per_channel(input) < 2:
+        spans = self.partition.spans_workers and world_size() > 1
+        if spans or self.renorm is not None or not self.partition.is_whole_batch:
+            return self._grouped(input, spans)
+        if input.numel() < 2 * self.num_features:
             return self._batch_norm(input, None, None, True, 0.0)
-        return self._batch_norm(
-            input, self.running_mean, self.running_var, True, self._next_average_factor()
+        if in_backward():
+            # Checkpointing wants as many saved tensors as the first time; these are not moved.
+            mean, var = self.running_mean.clone(), self.running_var.clone()
+            return self._batch_norm(input, mean, var, True, 0.0)
+        self.num_batches_tracked.add_(1)
+        factor = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+        return self._batch_norm(input, self.running_mean, self.running_var, True, factor)
+
+    @torch.compiler.disable
+    def _grouped(self, x: Tensor, spans: bool) -> Tensor:
+        groups = _ONE_GROUP if self.partition.is_whole_batch else self.scope.get(self, x)
+        all_reduce = self._collectives.all_reduce if spans else None
+        statistics = group_statistics(x, groups, all_reduce)
+        correction = None if self.renorm is None else self._correction(x, statistics)
+        if not in_backward():
+            self._update_running_statistics(statistics)
+        weight, bias = self.weight, self.bias
+        if weight is None:  # taken over from a layer with affine=False
+            weight, bias = torch.ones_like(self.running_var), torch.zeros_like(self.running_mean)
+        return grouped_batch_norm(
+            x,
+            weight,
+            bias,
+            statistics,
+            groups,
+            self.eps,
+            all_reduce=all_reduce,
+            correction=correction,
         )
+
+    @torch.no_grad()
+    def _correction(self, x: Tensor, statistics: GroupStatistics) -> tuple[Tensor, Tensor]:
+        """r and d, ``(G, C)``: what takes a group's statistics to the running ones, clipped."""
+        if in_backward():
+            correction = self._corrections.find(x)
+            if correction is None:
+                raise RuntimeError(
+                    f"{self.name or type(self).__name__} is computed again in the backward "
+                    "(activation checkpointing), but its r and d of the forward are not known any "
+                    "more. Run the backward of a step before the next steps begin."
+                )
+            return correction
+        r_max, d_max = self.renorm.limits(self.num_batches_tracked)
+        running_std = (self.running_var.double() + self.eps).sqrt()
+        r = (statistics.var + self.eps).sqrt() / running_std
+        d = (statistics.mean - self.running_mean.double()) / running_std
+        correction = r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)
+        self._corrections.keep(x, correction)
+        return correction
+
+    @torch.no_grad()
+    def _update_running_statistics(self, statistics: GroupStatistics) -> None:
+        # In tensors throughout: reading a number would wait for a GPU.
+        count = statistics.count
+        usable = (count > 1).double()
+        number = usable.sum()
+        weights = usable / number.clamp(min=1)
+        mean = (weights * statistics.mean).sum(0)
+        var = (weights * statistics.var * count / (count - 1).clamp(min=1)).sum(0)
+        changed = number > 0
+        self.num_batches_tracked.add_(changed)
+        factor = changed.to(self.running_mean.dtype)
+        if self.momentum is None:
+            factor = factor / self.num_batches_tracked.clamp(min=1)
+        else:
+            factor = factor * self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean), factor)
+        self.running_var.lerp_(var.to(self.running_var), factor)
 
     def _batch_norm(
         self, x: Tensor, mean: Tensor | None, var: Tensor | None, training: bool, factor: float
@@ -86,83 +172,6 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
             torch.backends.cudnn.enabled,
         )
 
-    def _next_average_factor(self) -> float:
-        self.num_batches_tracked.add_(1)
-        return self.momentum if self.momentum is not None else 1 / int(self.num_batches_tracked)
-
-    @torch.no_grad()
-    def _update_running_statistics(self, count: int, mean: Tensor, var: Tensor) -> None:
-        if count < 2:
-            return
-        factor = self._next_average_factor()
-        self.running_mean.lerp_(mean.to(self.running_mean), factor)
-        self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var), factor)
-
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, partition={self.partition}, inference={self.inference}"
-
-
-def set_inference(model: nn.Module, mode: str, modules: Sequence[str]) -> list[str]:
-    """Choose the statistics that BN layers use at inference, in place.
-
-    ``batch`` replaces a plain ``nn.BatchNorm2d`` (or ``SyncBatchNorm``) by a
-    :class:`PartitionedBatchNorm2d` with the same weights and statistics, so it works on any model;
-    ``population`` is what a plain one does already.
-
-    Args:
-        model: the model to change.
-        mode: ``population`` or ``batch``.
-        modules: globs (``fnmatch``) over the names of the layers to change.
-
-    Returns:
-        The names of the layers that the globs select.
-
-    Raises:
-        ValueError: for an unknown mode.
-    """
-    check_choice("inference", mode, INFERENCE)
-    changed = []
-    for name, module in list(model.named_modules()):
-        if not any(fnmatch.fnmatchcase(name, glob) for glob in modules):
-            continue
-        # A layer that tracks no statistics uses those of the batch already.
-        tracks = (
-            isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and module.track_running_stats
-        )
-        if tracks:
-            if not isinstance(module, PartitionedBatchNorm2d) and mode == "batch":
-                module = _from_batch_norm(module)
-                model.set_submodule(name, module)
-            if isinstance(module, PartitionedBatchNorm2d):
-                module.inference = mode
-            changed.append(name)
-    return changed
-
-
-def _from_batch_norm(source: nn.BatchNorm2d | nn.SyncBatchNorm) -> PartitionedBatchNorm2d:
-    layer = PartitionedBatchNorm2d(
-        source.num_features,
-        partition="world" if isinstance(source, nn.SyncBatchNorm) else "worker",
-        eps=source.eps,
-        momentum=source.momentum,
-    )
-    # The tensors themselves move, so optimizers and hooks that hold them stay valid.
-    layer._parameters.update(source._parameters)
-    layer._buffers.update(source._buffers)
-    return layer.train(source.training)
-
-
-def check_choice(what: str, value: str, choices: Sequence[str]) -> str:
-    """Return ``value`` if it is one of ``choices``; else raise a ValueError that lists them."""
-    if value not in choices:
-        listed = ", ".join(f'"{choice}"' for choice in choices)
-        raise ValueError(f'{what} is "{value}"; it can be one of {listed}.')
-    return value
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _values_per_channel(x: Tensor) -> int:
-    return x.shape[0] * x.shape[2] * x.shape[3]
+        parts = [super().extra_repr(), type(self.partition).__name__, f"inference={self.inference}"]
+        return ", ".join(parts + ([f"{self.renorm}"] if self.renorm else []))

@@ -1,4 +1,4 @@
-"""RoI shuffling across workers: each RoI travels once, to the worker of its random group.
+"""RoI shuffling by features: each RoI travels once, to the worker of its random group.
 
 *Rethinking "Batch" in BatchNorm*, Sec. 5.3 and Figure 9. The reference implementation gathers every
 RoI on every worker, in both directions; here one all-to-all each way moves only the RoIs that
@@ -7,13 +7,15 @@ change worker.
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+
+from .partition import shuffled_groups
+from .scope import Rows
 
 
 @dataclass(frozen=True)
@@ -31,29 +33,22 @@ class ExchangePlan:
     receive: list[int]
 
 
-def plan_exchange(counts: list[int], rank: int, seed: int) -> ExchangePlan:
-    """Draw a random assignment of all workers' rows to balanced groups, one group a worker.
+def plan_exchange(rows: Rows) -> ExchangePlan | None:
+    """Agree with the other workers on an exchange: random balanced groups, one a worker.
 
-    All workers that pass the same ``counts`` and ``seed`` draw the same assignment. Groups differ
-    by one row at most.
+    Every worker must call it. None where there is nobody to exchange with.
 
     Args:
-        counts: number of rows on each worker.
-        rank: this worker.
-        seed: of the permutation, below 2**63.
+        rows: of this worker, in this call.
     """
-    world_size, total = len(counts), sum(counts)
-    sizes = torch.full((world_size,), total // world_size)
-    sizes[: total % world_size] += 1
-    generator = torch.Generator().manual_seed(seed)
-    slots = torch.randperm(total, generator=generator)
-    group = torch.repeat_interleave(torch.arange(world_size), sizes)[slots]
-    by_worker = group.split(counts)
-    mine = by_worker[rank]
+    if rows.world_size == 1:
+        return None
+    groups = shuffled_groups(rows.all_counts(), rows.world_size, rows.seed)
+    mine = groups[rows.rank]
     return ExchangePlan(
-        order=torch.argsort(mine, stable=True),
-        send=torch.bincount(mine, minlength=world_size).tolist(),
-        receive=[int((groups == rank).sum()) for groups in by_worker],
+        order=torch.argsort(mine, stable=True).to(rows.device),
+        send=torch.bincount(mine, minlength=rows.world_size).tolist(),
+        receive=[int((ids == rows.rank).sum()) for ids in groups],
     )
 
 
@@ -81,52 +76,6 @@ def restore(x: Tensor, plan: ExchangePlan) -> Tensor:
         ``(n, ...)``, in the order in which the rows were given to :func:`exchange`.
     """
     return _Restore.apply(x, plan)
-
-
-class RoIShuffle:
-    """Draws one exchange a call: the same on all workers, another at every step.
-
-    The seed of a draw is made of ``seed``, ``name``, the training iteration, and the number of the
-    call within it, so it is reproducible, and right after ``--resume``.
-
-    Args:
-        seed: one number that all workers share (Detectron2 adds the rank to ``SEED``: not that
-            one). A negative one is replaced by a number that worker 0 draws at the first step.
-        name: sets apart several heads of one model.
-    """
-
-    def __init__(self, seed: int = -1, name: str = "") -> None:
-        self.seed = seed
-        self.name = name
-        self._iteration: int | None = None
-        self._calls = 0
-
-    def plan(self, x: Tensor, iteration: int) -> ExchangePlan | None:
-        """Agree with the other workers on an exchange of the rows of ``x``.
-
-        Every worker must call it. None where there is nobody to exchange with.
-
-        Args:
-            x: ``(n, ...)``; n may differ between workers or be zero.
-            iteration: the current training iteration.
-        """
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-            return None
-        self._calls = self._calls + 1 if iteration == self._iteration else 0
-        self._iteration = iteration
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        proposal = self.seed
-        if proposal < 0:
-            proposal = int(torch.randint(2**31, (), device="cpu"))
-        mine = torch.tensor([x.shape[0], proposal], device=x.device)
-        gathered = mine.new_empty(world_size, 2)
-        dist.all_gather(list(gathered.unbind(0)), mine)
-        counts, seeds = gathered.cpu().unbind(1)
-        if self.seed < 0:
-            self.seed = int(seeds[0])
-        key = f"{self.seed}/{self.name}/{iteration}/{self._calls}"
-        plan = plan_exchange(counts.tolist(), rank, zlib.crc32(key.encode()))
-        return ExchangePlan(plan.order.to(x.device), plan.send, plan.receive)
 
 
 def _all_to_all(x: Tensor, send: list[int], receive: list[int]) -> Tensor:

@@ -1,0 +1,245 @@
+"""Changing the normalization of any model by name, after it is built."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import Backbone, ROIHeads
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Instances
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d as TorchvisionFrozenBatchNorm2d
+
+from ..norm import (
+    PartitionedBatchNorm2d,
+    Scope,
+    matches,
+    replace_layers,
+    set_rows_per_image,
+    take_tensors,
+)
+from .norms import BNOptions, ChannelLayerNorm, NormFactory
+from .roi_heads import PartitionedHead
+
+logger = logging.getLogger(__name__)
+
+_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+_FROZEN = (FrozenBatchNorm2d, TorchvisionFrozenBatchNorm2d)
+_NORM_LAYERS = (*_BATCH_NORMS, *_FROZEN, nn.GroupNorm, nn.InstanceNorm2d, ChannelLayerNorm)
+
+
+def convert_norm(
+    model: nn.Module,
+    norm: str,
+    modules: str | Sequence[str] = "*",
+    *,
+    options: BNOptions | None = None,
+    rows_are_images: bool | None = None,
+) -> list[str]:
+    """Replace the normalization layers below some modules of any torch model, in place.
+
+    Affine parameters are kept, and running statistics where both kinds have them; so are eps and
+    momentum of a BN layer. Layers below one matched module (the outermost that matches) share one
+    permutation a call, as a head's do. Convert before an optimizer or DDP holds the model: the
+    parameters of frozen layers are new.
+
+    Args:
+        model: the model to change.
+        norm: one of :func:`bn_detection.heads.norm_names`.
+        modules: a glob, or several, over module names (``fnmatch``: ``*`` also matches dots);
+            "" is the model itself.
+        options: of the BN kinds.
+        rows_are_images: whether each row of the modules' input is an image, for partitions by
+            image. By default True outside the ROI heads of a Detectron2 model, else False.
+
+    Returns:
+        The names of the converted layers.
+
+    Raises:
+        ValueError: a glob matches no module, or none with a normalization layer below it; the
+            model itself is a normalization layer; an unknown norm.
+    """
+    globs = [modules] if isinstance(modules, str) else list(modules)
+    if isinstance(model, _NORM_LAYERS):
+        raise ValueError("convert_norm changes layers within a model, and this model is a layer.")
+    parts: list[tuple[str, nn.Module, NormFactory]] = []
+    converted: list[str] = []
+    new: dict[nn.Module, nn.Module] = {}
+    for glob in globs:
+        found = False
+        for name, module in _outermost(model, glob):
+            layers = _norm_layers(module, name)
+            if not layers:
+                continue
+            found = True
+            images = _has_feature_maps(model, name) if rows_are_images is None else rows_are_images
+            factory = NormFactory(norm, options, rows_are_images=images)
+            if factory.shuffle is not None:
+                raise ValueError(
+                    f"{name or 'the model'}: BN.SHUFFLE.MODE features moves RoIs in this "
+                    "project's heads (MODEL.ROI_BOX_HEAD.NAME BNConvFCHead and others), not "
+                    "feature maps or converted layers; set BN.SHUFFLE.MODE statistics."
+                )
+            parts.append((name, module, factory))
+            converted += [layer_name for layer_name, _ in layers]
+            first_names = {layer: layer_name for layer_name, layer in reversed(layers)}
+            new.update({layer: _convert(at, layer, factory) for layer, at in first_names.items()})
+        if not found:
+            raise ValueError(_matches_nothing(model, glob, norm))
+    previous = _scopes(model)
+    replace_layers(model, lambda _, layer: new.get(layer))
+    current = _scopes(model)
+    for scope in previous - current:
+        scope.detach()
+    for name, module, factory in parts:
+        _release_heads(module)
+        if factory.scope in current:
+            factory.scope.rename(name)
+            # By name: the module itself may be a layer that was replaced.
+            factory.scope.attach(model.get_submodule(name))
+            announce_images(model, name, factory.scope)
+    converted = list(dict.fromkeys(converted))
+    logger.info("Converted %d layers to %s: %s", len(converted), norm or '""', ", ".join(converted))
+    return converted
+
+
+def announce_images(model: nn.Module, name: str, scope: Scope[Any]) -> None:
+    """Let the poolers around a head, and the instances given to it, say which images RoIs are of.
+
+    Args:
+        model: the whole model.
+        name: of the head in it.
+        scope: attached to the head; keeps the hooks.
+    """
+    head = model.get_submodule(name)
+    scope.handles.append(head.register_forward_pre_hook(_rows_of_instances))
+    for ancestor in _ancestors(model, name):
+        if isinstance(ancestor, ROIHeads):
+            for pooler in ancestor.modules():
+                if isinstance(pooler, ROIPooler):
+                    scope.handles.append(pooler.register_forward_pre_hook(_rows_of_boxes))
+
+
+def _rows_of_boxes(pooler: nn.Module, args: tuple[Any, ...]) -> None:
+    set_rows_per_image([len(boxes) for boxes in args[1]])
+
+
+def _rows_of_instances(head: nn.Module, args: tuple[Any, ...]) -> None:
+    for argument in args:
+        if isinstance(argument, list) and all(isinstance(item, Instances) for item in argument):
+            set_rows_per_image([len(instances) for instances in argument])
+
+
+def _outermost(model: nn.Module, glob: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that match, none below another.
+
+    Of a list its items, as nobody calls a list; and of ROI heads each, as their RoIs differ.
+    """
+    lists: list[str] = []
+    taken: list[str] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        # "*" is every part of the model, and not the model.
+        matching = matches(name, [glob]) and (name == "") == (glob == "")
+        in_list = name != "" and name.rpartition(".")[0] in lists
+        if not (matching or in_list) or any(name.startswith(f"{t}.") for t in taken):
+            continue
+        if isinstance(module, nn.ModuleList | nn.ModuleDict | ROIHeads):
+            lists.append(name)
+            continue
+        taken.append(name)
+        yield name, module
+
+
+def _norm_layers(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
+    return [
+        (name, layer)
+        for name, layer in module.named_modules(prefix=prefix, remove_duplicate=False)
+        if isinstance(layer, _NORM_LAYERS) and _tracks_statistics(layer)
+    ]
+
+
+def _tracks_statistics(layer: nn.Module) -> bool:
+    return not isinstance(layer, _BATCH_NORMS) or layer.track_running_stats
+
+
+def _release_heads(module: nn.Module) -> None:
+    """Registered heads whose layers are replaced exchange and share nothing from now on."""
+    for head in module.modules():
+        if isinstance(head, PartitionedHead):
+            for scope in (head.bn_scope, head.shuffle):
+                if scope is not None:
+                    scope.detach()
+            head.bn_scope = head.shuffle = None
+
+
+def _convert(name: str, old: nn.Module, factory: NormFactory) -> nn.Module:
+    if any(old.children()):
+        raise ValueError(
+            f"{name}: a {type(old).__name__} has layers of its own (an activation, for example), "
+            "which a conversion would lose. Leave it out of the pattern."
+        )
+    channels = _num_channels(old)
+    try:
+        new = factory(channels)
+    except ValueError as error:
+        raise ValueError(
+            f'{name}: its {channels} channels cannot have the norm "{factory.norm}": {error}.'
+        ) from error
+    if isinstance(new, PartitionedBatchNorm2d):
+        new.rename(name)
+        if isinstance(old, _BATCH_NORMS):
+            new.inference = getattr(old, "inference", "population")
+            return take_tensors(new, old)
+    source = old.state_dict()
+    for value in list(source.values())[:1]:
+        new.to(value.device, value.dtype)
+    target = new.state_dict()
+    for key in target.keys() & source.keys():
+        target[key].copy_(source[key])
+    trained = dict(old.named_parameters())
+    for key, parameter in new.named_parameters():
+        parameter.requires_grad_(key not in trained or trained[key].requires_grad)
+    if isinstance(old, (*_BATCH_NORMS, *_FROZEN)) and hasattr(new, "running_var"):
+        new.eps = old.eps
+    return new.train(old.training)
+
+
+def _num_channels(layer: nn.Module) -> int:
+    for attribute in ("num_features", "num_channels"):
+        if hasattr(layer, attribute):
+            return getattr(layer, attribute)
+    return len(next(iter(layer.state_dict().values())))
+
+
+def _has_feature_maps(model: nn.Module, name: str) -> bool:
+    """Whether ``name`` is a part of a Detectron2 model outside its ROI heads."""
+    is_detector = any(isinstance(module, Backbone) for module in model.modules())
+    return is_detector and not any(isinstance(m, ROIHeads) for m in _ancestors(model, name))
+
+
+def _ancestors(model: nn.Module, name: str) -> list[nn.Module]:
+    parts = name.split(".")
+    return [model.get_submodule(".".join(parts[:k])) for k in range(len(parts) + 1)]
+
+
+def _scopes(model: nn.Module) -> set[Scope[Any]]:
+    return {m.scope for m in model.modules() if isinstance(m, PartitionedBatchNorm2d)}
+
+
+def _matches_nothing(model: nn.Module, glob: str, norm: str) -> str:
+    problem = f'The pattern "{glob}" (to convert to "{norm}") matches '
+    matched = [name for name, _ in _outermost(model, glob)]
+    if matched:
+        return (
+            f"{problem}{', '.join(matched)}, without a normalization layer below to convert. Build "
+            'the model with one (such as MODEL.FPN.NORM "BN"), then convert it.'
+        )
+    having = [name for name, m in model.named_modules() if isinstance(m, _NORM_LAYERS)]
+    return (
+        f"{problem}no module of the model. It has {len(having)} normalization layers"
+        f"{', such as ' + ', '.join(having[:3]) if having else ''}; its parts are "
+        f"{', '.join(name for name, _ in model.named_children())}."
+    )

@@ -1,0 +1,132 @@
+"""Collectives that say which layer on which worker failed, and notice workers that are not in step.
+
+Workers that call different layers would otherwise mix their statistics (if shapes agree), or wait
+for each other until the process group's timeout. Each message carries a tag of its sender's layer
+and call; a worker that receives other tags than its own raises.
+
+gloo ends the process when a message is longer than the one expected, and then nobody says where. So
+messages on the CPU have process groups of their own, one for each size: a worker that is elsewhere
+is then waited for, until the timeout of the default group.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of workers: of the default process group, or 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Of this worker in the default process group; 0 without one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+# By default group: the gloo groups of all workers for messages of so many numbers.
+_groups: WeakKeyDictionary[dist.ProcessGroup, dict[int, dist.ProcessGroup]] = WeakKeyDictionary()
+
+
+def _group_for(size: int) -> dist.ProcessGroup:
+    """The first time, all workers must be here."""
+    default = dist.group.WORLD
+    groups = _groups.setdefault(default, {})
+    if size not in groups:
+        timeout = default._get_backend(torch.device("cpu")).options._timeout
+        groups[size] = dist.new_group(backend="gloo", timeout=timeout)
+    return groups[size]
+
+
+class Collectives:
+    """The collectives of one layer or head, over all workers of the default process group.
+
+    Args:
+        owner: describes the layer, for messages.
+
+    Raises:
+        RuntimeError: (by the methods) a worker is not in step, or the process group failed; the
+            message names the layer and the worker.
+    """
+
+    def __init__(self, owner: str) -> None:
+        self.owner = owner
+        self._calls = 0
+        self._unchecked: tuple[torch.cuda.Event, Tensor] | None = None
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Sum ``values``, float64, over the workers: the same bits on each."""
+        tag = float(self._next_tag())
+        message = torch.cat([values.flatten(), values.new_tensor([tag])])
+        group = None if message.is_cuda else self._meet(len(message))
+        with self._named():
+            dist.all_reduce(message, group=group)
+        self._check(message[-1:] - tag * world_size())
+        return message[:-1].view_as(values)
+
+    def all_gather(self, values: tuple[int, int], device: torch.device) -> list[list[int]]:
+        """The two integers of every worker, by rank."""
+        tag = self._next_tag()
+        mine = torch.tensor([tag, *values], device=device)
+        gathered = mine.new_empty(world_size(), len(mine))
+        with self._named():
+            group = None if mine.is_cuda else _group_for(len(mine))
+            dist.all_gather(list(gathered.unbind(0)), mine, group=group)
+        rows = gathered.tolist()
+        if any(row[0] != tag for row in rows):
+            self._raise_not_in_step()
+        return [row[1:] for row in rows]
+
+    def _meet(self, size: int) -> dist.ProcessGroup:
+        """The group for ``size`` numbers; a new one is made once all workers want it."""
+        if size not in _groups.get(dist.group.WORLD, {}):
+            self.all_gather((size, 0), torch.device("cpu"))
+        with self._named():
+            return _group_for(size)
+
+    def _next_tag(self) -> int:
+        self._calls += 1
+        return zlib.crc32(f"{self.owner}/{self._calls}".encode())
+
+    def _check(self, difference: Tensor) -> None:
+        """On a GPU, check the call before: this one would have to be waited for."""
+        if difference.is_cuda:
+            pinned = torch.empty(1, dtype=difference.dtype, pin_memory=True)
+            pinned.copy_(difference, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            previous, self._unchecked = self._unchecked, (event, pinned)
+            if previous is None:
+                return
+            previous[0].synchronize()
+            difference = previous[1]
+        if difference.item() != 0:
+            self._raise_not_in_step()
+
+    def _raise_not_in_step(self) -> None:
+        raise RuntimeError(
+            f"{self.owner}: worker {rank()} of {world_size()} exchanges statistics of this layer "
+            "while another worker is at another layer or step. Every worker must call every layer "
+            "that shares statistics, in the same order, also with no samples (shape (0, C, H, W))."
+        )
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{self.owner}: worker {rank()} of {world_size()} could not exchange statistics "
+                "with the others. Either a worker ended, or it did not call this layer: every "
+                "worker must, also with no samples (shape (0, C, H, W))."
+            ) from error
+
+    def __reduce__(self) -> tuple[type[Collectives], tuple[str]]:
+        return Collectives, (self.owner,)

@@ -1,0 +1,294 @@
+"""What the layers below a module share in one call of it: its rows, their images, their groups."""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .collectives import Collectives, rank, world_size
+
+T = TypeVar("T")
+
+_KEPT_FORWARDS = 16
+
+_clock: Callable[[], int | None] = lambda: None  # noqa: E731
+_rows_per_image: list[int] | None = None
+
+
+def set_clock(clock: Callable[[], int | None]) -> None:
+    """Say where the training iteration is found, for permutations that are right after a resume.
+
+    Args:
+        clock: returns the current iteration, or None if it is unknown; then calls are counted,
+            from ``num_batches_tracked`` of the layer that asks first.
+    """
+    global _clock
+    _clock = clock
+
+
+def set_rows_per_image(counts: Sequence[int]) -> None:
+    """Say which images the rows (RoIs) of the next forward of a head come from.
+
+    Detectron2's poolers and heads do it when the head is one of this project or converted.
+
+    Args:
+        counts: number of rows of each image of this worker, in the order of the rows.
+    """
+    global _rows_per_image
+    _rows_per_image = [int(count) for count in counts]
+
+
+def in_backward() -> bool:
+    """Whether autograd is running backward: a forward then is a recomputation of a checkpoint."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class Rows:
+    """The rows (``x.shape[0]``: RoIs, or images) of one call on this worker.
+
+    Attributes:
+        owner: name of the module that was called.
+        count: number of rows of this worker.
+        device: of the activations.
+        rank: of this worker.
+        world_size: number of workers.
+    """
+
+    def __init__(
+        self, x: Tensor, scope: Scope[Any], iteration: int, call: int, per_image: list[int] | None
+    ) -> None:
+        self.owner = scope.owner
+        self.count = x.shape[0]
+        self.device = x.device
+        self.rank, self.world_size = rank(), world_size()
+        self._scope = scope
+        self._key = f"{scope.name}/{iteration}/{call}"
+        self._per_image = per_image
+        self._counts: list[int] | None = None
+
+    @property
+    def seed(self) -> int:
+        """The same on all workers, another at every call, reproducible from the scope's seed."""
+        if self._scope.seed < 0:
+            self.all_counts()
+        return zlib.crc32(f"{self._scope.seed}/{self._key}".encode())
+
+    @property
+    def own_seed(self) -> int:
+        """Another on each worker and at every call, reproducible from the scope's seed."""
+        return zlib.crc32(f"{self._scope.seed}/{self._key}/{self.rank}".encode())
+
+    def all_counts(self) -> list[int]:
+        """Number of rows of every worker, by rank: one collective, so every worker must ask."""
+        if self._counts is None:
+            scope = self._scope
+            proposal = scope.seed if scope.seed >= 0 else int(torch.randint(2**31, ()))
+            gathered = [[self.count, proposal]]
+            if self.world_size > 1:
+                gathered = scope.collectives.all_gather((self.count, proposal), self.device)
+            self._counts = [count for count, _ in gathered]
+            if scope.seed < 0:
+                scope.seed = gathered[0][1]
+        return self._counts
+
+    def per_image(self) -> list[int]:
+        """Number of rows of each image of this worker.
+
+        Raises:
+            ValueError: it is unknown which image a row belongs to.
+        """
+        if self._per_image is None or sum(self._per_image) != self.count:
+            known = "nothing says which image each belongs to"
+            if self._per_image is not None:
+                known = f"the last RoIs that were pooled are {sum(self._per_image)}"
+            raise ValueError(
+                f"{self.owner}: its partition groups whole images, but of its {self.count} rows "
+                f"{known}. Call bn_detection.norm.set_rows_per_image([rows of image 0, ...]) "
+                "before the head (Detectron2's poolers do it), or, where each row is an image, "
+                "convert with rows_are_images=True."
+            )
+        return self._per_image
+
+    def images(self) -> Tensor:
+        """``(count,)`` int64, the image of each row, from 0; errors as :meth:`per_image`."""
+        counts = torch.tensor(self.per_image(), dtype=torch.long)
+        return torch.repeat_interleave(counts).to(self.device)
+
+
+@dataclass
+class _Forward(Generic[T]):
+    probe: Tensor
+    value: T
+    repeats: int = 0
+
+
+class Forwards(Generic[T]):
+    """The latest training forwards of a layer, for those that checkpointing repeats.
+
+    A repeated forward is known by its input. Of several with the same input it is the newest that
+    was repeated least, since the backward goes from the last to the first.
+    """
+
+    def __init__(self) -> None:
+        self._kept: deque[_Forward[T]] = deque(maxlen=_KEPT_FORWARDS)
+
+    def keep(self, x: Tensor, value: T) -> None:
+        """Remember what the forward of ``x`` had."""
+        self._kept.append(_Forward(_probe(x).clone(), value))
+
+    def find(self, x: Tensor) -> T | None:
+        """What the forward had that is repeated with ``x``; None if it is not known."""
+        probe = _probe(x)
+        # Not always the same bits: some GPU kernels add in any order.
+        allowed = 0.01 * float(probe.abs().sum())
+        candidates = []
+        for age, forward in enumerate(reversed(self._kept)):
+            if forward.probe.shape == probe.shape:
+                distance = float((forward.probe - probe).abs().sum())
+                if distance <= allowed:
+                    candidates.append((distance, forward.repeats, age, forward))
+        if not candidates:
+            return None
+        found = min(candidates, key=lambda candidate: candidate[:3])[-1]
+        found.repeats += 1
+        return found.value
+
+    def __reduce__(self) -> tuple[type[Forwards[T]], tuple[()]]:
+        return Forwards, ()
+
+
+def _probe(x: Tensor) -> Tensor:
+    """One value of each row."""
+    return x.detach()[(slice(None), *(0,) * (x.dim() - 1))]
+
+
+class _Call(Generic[T]):
+    def __init__(self, iteration: int, number: int) -> None:
+        self.iteration = iteration
+        self.number = number
+        self.rows = -1
+        self.value: T | None = None
+
+
+class Scope(Generic[T]):
+    """Makes one value a call of a module, for all the layers below it that ask.
+
+    A scope that is not attached to a module makes one at each request. A forward that activation
+    checkpointing repeats in the backward gets the value of its first run.
+
+    Args:
+        make: makes the value from the rows of the call.
+        seed: of random values, one number that all workers share; a negative one is replaced by a
+            number that worker 0 draws when a value is first asked for.
+        rows_are_images: whether each row is an image; else :func:`set_rows_per_image` says.
+    """
+
+    def __init__(
+        self, make: Callable[[Rows], T], *, seed: int = -1, rows_are_images: bool = False
+    ) -> None:
+        self.make = make
+        self.seed = seed
+        self.rows_are_images = rows_are_images
+        self.rename("")
+        self.handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._forwards: dict[int, Forwards[_Call[T]]] = {}
+        self._open: _Call[T] | None = None
+        self._iteration: int | None = None
+        self._calls_in_iteration = 0
+
+    def rename(self, name: str) -> None:
+        """Set the name that sets apart the permutations of several heads, and names errors."""
+        self.name = name
+        self.owner = name or "a layer of partitioned BatchNorm"
+        self.collectives = Collectives(self.owner)
+
+    def attach(self, module: nn.Module) -> None:
+        """Make each training forward of ``module`` a call."""
+        self.handles += [
+            module.register_forward_pre_hook(self._enter),
+            module.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def detach(self) -> None:
+        """Undo :meth:`attach`, and remove the other hooks in ``handles``."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def get(self, layer: nn.Module, x: Tensor) -> T:
+        """The value of the current call.
+
+        Args:
+            layer: that asks, in training mode.
+            x: its input, ``(N, C, H, W)``.
+
+        Raises:
+            RuntimeError: there is no call that this forward belongs to.
+        """
+        if in_backward():
+            return self._recomputed(layer, x)
+        call = self._open
+        if call is None:
+            if self.handles:
+                raise RuntimeError(
+                    f"{_describe(layer)} was called in training outside a forward of {self.owner}, "
+                    "so there are no groups of this step that it shares. Call it through that "
+                    "module, or convert it on its own."
+                )
+            call = self._begin(layer)
+        if call.value is None:
+            per_image = [1] * x.shape[0] if self.rows_are_images else _rows_per_image
+            rows = Rows(x, self, call.iteration, call.number, per_image)
+            call.value, call.rows = self.make(rows), rows.count
+        if call.rows != x.shape[0]:
+            raise RuntimeError(
+                f"{_describe(layer)} has {x.shape[0]} rows, and the layers of {self.owner} before "
+                f"it {call.rows}: they cannot share groups. Convert the modules that work on other "
+                "rows by names of their own, such as "
+                '[["roi_heads.box_head", "ShuffleBN"], ["roi_heads.mask_head", "ShuffleBN"]].'
+            )
+        self._forwards.setdefault(id(layer), Forwards()).keep(x, call)
+        return call.value
+
+    def _recomputed(self, layer: nn.Module, x: Tensor) -> T:
+        now = _clock()
+        call = self._forwards.get(id(layer), Forwards()).find(x)
+        if call is not None and now in (None, call.iteration):
+            return call.value
+        raise RuntimeError(
+            f"{_describe(layer)} is computed again in the backward (activation checkpointing), but "
+            f"the groups of its forward are those of another step. Run the backward of a step "
+            "before the next step begins."
+        )
+
+    @torch.compiler.disable
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if module.training and not in_backward():
+            self._open = self._begin(module)
+
+    @torch.compiler.disable
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._open = None
+
+    def _begin(self, asker: nn.Module) -> _Call[T]:
+        iteration = _clock()
+        if iteration is None:
+            if self._iteration is None:
+                seen = [m for m in asker.modules() if isinstance(m, nn.BatchNorm2d)]
+                self._iteration = int(seen[0].num_batches_tracked) - 1 if seen else -1
+            iteration = self._iteration + 1
+        self._calls_in_iteration = (
+            self._calls_in_iteration + 1 if iteration == self._iteration else 0
+        )
+        self._iteration = iteration
+        return _Call(iteration, self._calls_in_iteration)
+
+
+def _describe(layer: nn.Module) -> str:
+    return getattr(layer, "name", "") or type(layer).__name__

@@ -1,0 +1,52 @@
+"""The examples run, and notice when what they show is not so."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def example(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.timeout(280)
+def test_plug_in(tmp_path: Path) -> None:
+    # A checkout of Detectron2 that was not installed has no model zoo.
+    try:
+        from detectron2 import model_zoo
+
+        model_zoo.get_config_file("COCO-Detection/faster_rcnn_R_50_C4_1x.yaml")
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(str(error))
+    run = example("plug_in.py", "--output-dir", str(tmp_path))
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "Converted 10 layers to ShuffleBN: roi_heads.res5.0" in run.stdout
+    assert "all 10 layers are torch.nn.BatchNorm2d: True" in run.stdout
+    assert "bn_detection imported: False" in run.stdout
+    losses = [float(loss) for loss in re.findall(r"Step \d of \d: loss (\S+)\.\n", run.stdout)]
+    assert losses[-1] < losses[0]
+    (largest,) = re.findall(r"Largest difference .*: (\S+)\.\n", run.stdout)
+    assert float(largest) <= 1e-5
+
+    # The statistics of one layer, a little off.
+    state = torch.load(tmp_path / "model.pth")
+    state["roi_heads.res5.2.conv3.norm.running_mean"] += 0.1
+    torch.save(state, tmp_path / "model.pth")
+    again = example("plug_in.py", "--load-only", "--output-dir", str(tmp_path))
+    assert again.returncode == 1, again.stdout + again.stderr
+    assert "Largest difference" in again.stdout
