@@ -60,9 +60,9 @@ def bytes_sent() -> Iterator[Counter[str]]:
         collective = getattr(dist, name)
 
         @functools.wraps(collective)
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: Any, async_op: bool = False, **kwargs: Any) -> Any:
             sent[name] += cost(*args, **kwargs)
-            return collective(*args, **kwargs)
+            return collective(*args, async_op=async_op, **kwargs)
 
         return call
 

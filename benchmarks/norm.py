@@ -346,7 +346,7 @@ def machine(device: str) -> dict[str, Any]:
 
 def choose_cases(args: argparse.Namespace) -> list[Case]:
     """The cases that the command line asks for."""
-    rois, rounds = (16, 5) if args.quick else (64, 21)
+    rois, rounds = (32, 5) if args.quick else (128, 11)
     rois, rounds = args.rois or rois, args.rounds or rounds
     if args.device == "cuda":
         layer = Case("layer", 256, args.rois or 4096, rounds, device="cuda")

@@ -126,14 +126,17 @@ class NormFactory:
         if norm == "ShuffleBN" and options.shuffle_mode == "features":
             # The head moves each RoI to the worker of its group, which is BN per worker then.
             name = "worker"
-            self.shuffle = Scope(plan_exchange, seed=options.shuffle_seed)
+            self.shuffle = Scope(plan_exchange, seed=options.shuffle_seed, needs_counts=True)
         self._partition = build_partition(
             name, virtual_workers=options.virtual_workers, ghost_size=options.ghost_size
         )
         needs_groups = name != "world" and (name != "worker" or options.virtual_workers > 1)
         if needs_groups:
             self.scope = Scope(
-                self._partition.groups, seed=options.shuffle_seed, rows_are_images=rows_are_images
+                self._partition.groups,
+                seed=options.shuffle_seed,
+                rows_are_images=rows_are_images,
+                needs_counts=self._partition.needs_counts,
             )
 
     def __bool__(self) -> bool:

@@ -11,14 +11,19 @@ is then waited for, until the timeout of the default group.
 
 from __future__ import annotations
 
+import os
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_POLL_SECONDS = 0.02
+_yield = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 
 def world_size() -> int:
@@ -45,6 +50,19 @@ def _group_for(size: int) -> dist.ProcessGroup:
     return groups[size]
 
 
+def wait(work: dist.Work, message: Tensor) -> None:
+    """Wait for a collective.
+
+    On a CPU, poll for a while first: to wake a thread that sleeps can take ten times as long as a
+    small message does.
+    """
+    if not message.is_cuda:
+        end = time.perf_counter() + _POLL_SECONDS
+        while not work.is_completed() and time.perf_counter() < end:
+            _yield()
+    work.wait()
+
+
 class Collectives:
     """The collectives of one layer or head, over all workers of the default process group.
 
@@ -67,27 +85,35 @@ class Collectives:
         message = torch.cat([values.flatten(), values.new_tensor([tag])])
         group = None if message.is_cuda else self._meet(len(message))
         with self._named():
-            dist.all_reduce(message, group=group)
+            wait(dist.all_reduce(message, group=group, async_op=True), message)
         self._check(message[-1:] - tag * world_size())
         return message[:-1].view_as(values)
 
-    def all_gather(self, values: tuple[int, int], device: torch.device) -> list[list[int]]:
-        """The two integers of every worker, by rank."""
+    def all_gather(
+        self, values: tuple[int, int], device: torch.device
+    ) -> Callable[[], list[list[int]]]:
+        """Begin to gather two integers of every worker; the result waits for them, by rank."""
         tag = self._next_tag()
         mine = torch.tensor([tag, *values], device=device)
         gathered = mine.new_empty(world_size(), len(mine))
         with self._named():
             group = None if mine.is_cuda else _group_for(len(mine))
-            dist.all_gather(list(gathered.unbind(0)), mine, group=group)
-        rows = gathered.tolist()
-        if any(row[0] != tag for row in rows):
-            self._raise_not_in_step()
-        return [row[1:] for row in rows]
+            work = dist.all_gather(list(gathered.unbind(0)), mine, group=group, async_op=True)
+
+        def finish() -> list[list[int]]:
+            with self._named():
+                wait(work, mine)
+            rows = gathered.tolist()
+            if any(row[0] != tag for row in rows):
+                self._raise_not_in_step()
+            return [row[1:] for row in rows]
+
+        return finish
 
     def _meet(self, size: int) -> dist.ProcessGroup:
         """The group for ``size`` numbers; a new one is made once all workers want it."""
         if size not in _groups.get(dist.group.WORLD, {}):
-            self.all_gather((size, 0), torch.device("cpu"))
+            self.all_gather((size, 0), torch.device("cpu"))()
         with self._named():
             return _group_for(size)
 

@@ -151,7 +151,10 @@ def _combine(grad: Tensor, x: Tensor, scale: Tensor, slope: Tensor, shift: Tenso
     """``grad * scale + x * slope + shift``, as ``x``."""
     if x.numel() == 0:
         return torch.empty_like(x)
-    out = row_affine(grad.to(scale.dtype), torch.zeros_like(shift), scale, shift)
+    if grad.dtype == scale.dtype:
+        out = row_affine(grad, torch.zeros_like(shift), scale, shift)
+    else:  # half precision, summed in float32
+        out = torch.addcmul(shift[:, :, None, None], grad, scale[:, :, None, None])
     return out.addcmul_(x, slope[:, :, None, None]).to(x.dtype)
 
 

@@ -42,6 +42,8 @@ class Partition:
 
     #: Whether rows of several workers can be in one group; then ids are the same on all workers.
     spans_workers = False
+    #: Whether :meth:`groups` asks for the row counts of all workers.
+    needs_counts = False
 
     def groups(self, rows: Rows) -> Groups:
         """The groups of one call.
@@ -154,6 +156,7 @@ class ShufflePartition(Partition):
     """
 
     spans_workers = True
+    needs_counts = True
 
     def __init__(self, virtual_workers: int = 0) -> None:
         self.virtual_workers = virtual_workers

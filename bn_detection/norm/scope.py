@@ -60,17 +60,15 @@ class Rows:
         world_size: number of workers.
     """
 
-    def __init__(
-        self, x: Tensor, scope: Scope[Any], iteration: int, call: int, per_image: list[int] | None
-    ) -> None:
+    def __init__(self, x: Tensor, scope: Scope[Any], iteration: int, call: int) -> None:
         self.owner = scope.owner
         self.count = x.shape[0]
         self.device = x.device
         self.rank, self.world_size = rank(), world_size()
         self._scope = scope
         self._key = f"{scope.name}/{iteration}/{call}"
-        self._per_image = per_image
         self._counts: list[int] | None = None
+        self._gather: Callable[[], list[list[int]]] | None = None
 
     @property
     def seed(self) -> int:
@@ -84,17 +82,23 @@ class Rows:
         """Another on each worker and at every call, reproducible from the scope's seed."""
         return zlib.crc32(f"{self._scope.seed}/{self._key}/{self.rank}".encode())
 
+    def begin_all_counts(self) -> None:
+        """Begin the collective of :meth:`all_counts`, to do something else meanwhile."""
+        seed = self._scope.seed if self._scope.seed >= 0 else int(torch.randint(2**31, ()))
+        if self.world_size > 1:
+            self._gather = self._scope.collectives.all_gather((self.count, seed), self.device)
+        else:
+            self._gather = lambda: [[self.count, seed]]
+
     def all_counts(self) -> list[int]:
         """Number of rows of every worker, by rank: one collective, so every worker must ask."""
         if self._counts is None:
-            scope = self._scope
-            proposal = scope.seed if scope.seed >= 0 else int(torch.randint(2**31, ()))
-            gathered = [[self.count, proposal]]
-            if self.world_size > 1:
-                gathered = scope.collectives.all_gather((self.count, proposal), self.device)
+            if self._gather is None:
+                self.begin_all_counts()
+            gathered = self._gather()
             self._counts = [count for count, _ in gathered]
-            if scope.seed < 0:
-                scope.seed = gathered[0][1]
+            if self._scope.seed < 0:
+                self._scope.seed = gathered[0][1]
         return self._counts
 
     def per_image(self) -> list[int]:
@@ -103,17 +107,18 @@ class Rows:
         Raises:
             ValueError: it is unknown which image a row belongs to.
         """
-        if self._per_image is None or sum(self._per_image) != self.count:
+        counts = [1] * self.count if self._scope.rows_are_images else _rows_per_image
+        if counts is None or sum(counts) != self.count:
             known = "nothing says which image each belongs to"
-            if self._per_image is not None:
-                known = f"the last RoIs that were pooled are {sum(self._per_image)}"
+            if counts is not None:
+                known = f"the last RoIs that were pooled are {sum(counts)}"
             raise ValueError(
                 f"{self.owner}: its partition groups whole images, but of its {self.count} rows "
                 f"{known}. Call bn_detection.norm.set_rows_per_image([rows of image 0, ...]) "
                 "before the head (Detectron2's poolers do it), or, where each row is an image, "
                 "convert with rows_are_images=True."
             )
-        return self._per_image
+        return counts
 
     def images(self) -> Tensor:
         """``(count,)`` int64, the image of each row, from 0; errors as :meth:`per_image`."""
@@ -172,7 +177,7 @@ class _Call(Generic[T]):
     def __init__(self, iteration: int, number: int) -> None:
         self.iteration = iteration
         self.number = number
-        self.rows = -1
+        self.rows: Rows | None = None
         self.value: T | None = None
 
 
@@ -187,13 +192,21 @@ class Scope(Generic[T]):
         seed: of random values, one number that all workers share; a negative one is replaced by a
             number that worker 0 draws when a value is first asked for.
         rows_are_images: whether each row is an image; else :func:`set_rows_per_image` says.
+        needs_counts: whether ``make`` asks for the row counts of all workers, which are then
+            exchanged while the first layers run.
     """
 
     def __init__(
-        self, make: Callable[[Rows], T], *, seed: int = -1, rows_are_images: bool = False
+        self,
+        make: Callable[[Rows], T],
+        *,
+        seed: int = -1,
+        rows_are_images: bool = False,
+        needs_counts: bool = False,
     ) -> None:
         self.make = make
         self.seed = seed
+        self.needs_counts = needs_counts
         self.rows_are_images = rows_are_images
         self.rename("")
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -243,14 +256,14 @@ class Scope(Generic[T]):
                 )
             call = self._begin(layer)
         if call.value is None:
-            per_image = [1] * x.shape[0] if self.rows_are_images else _rows_per_image
-            rows = Rows(x, self, call.iteration, call.number, per_image)
-            call.value, call.rows = self.make(rows), rows.count
-        if call.rows != x.shape[0]:
+            if call.rows is None:
+                call.rows = Rows(x, self, call.iteration, call.number)
+            call.value = self.make(call.rows)
+        if call.rows.count != x.shape[0]:
             raise RuntimeError(
                 f"{_describe(layer)} has {x.shape[0]} rows, and the layers of {self.owner} before "
-                f"it {call.rows}: they cannot share groups. Convert the modules that work on other "
-                "rows by names of their own, such as "
+                f"it {call.rows.count}: they cannot share groups. Convert the modules that work on "
+                "other rows by names of their own, such as "
                 '[["roi_heads.box_head", "ShuffleBN"], ["roi_heads.mask_head", "ShuffleBN"]].'
             )
         self._forwards.setdefault(id(layer), Forwards()).keep(x, call)
@@ -270,7 +283,10 @@ class Scope(Generic[T]):
     @torch.compiler.disable
     def _enter(self, module: nn.Module, args: Any) -> None:
         if module.training and not in_backward():
-            self._open = self._begin(module)
+            call = self._open = self._begin(module)
+            if self.needs_counts and args and isinstance(args[0], Tensor):
+                call.rows = Rows(args[0], self, call.iteration, call.number)
+                call.rows.begin_all_counts()
 
     @torch.compiler.disable
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:

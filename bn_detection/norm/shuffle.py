@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from .collectives import wait
 from .partition import shuffled_groups
 from .scope import Rows
 
@@ -80,7 +81,8 @@ def restore(x: Tensor, plan: ExchangePlan) -> Tensor:
 
 def _all_to_all(x: Tensor, send: list[int], receive: list[int]) -> Tensor:
     received = x.new_empty(sum(receive), *x.shape[1:])
-    dist.all_to_all_single(received, x.contiguous(), receive, send)
+    work = dist.all_to_all_single(received, x.contiguous(), receive, send, async_op=True)
+    wait(work, received)
     return received
 
 
