@@ -29,8 +29,10 @@ def add_bn_detection_config(cfg: CN) -> None:
     # What inference normalizes with: "population" (the running statistics) or "batch" (the
     # statistics of the current forward on this process).
     cfg.BN.INFERENCE = "population"
-    # Layers to convert after the model is built: [[glob over module names, norm], ...], norm one of
-    # those of MODEL.ROI_BOX_HEAD.NORM. The layers below a matched module share their groups.
+    # Layers to convert after the model is built: [[glob over module names, norm], ...]. The norm is
+    # "" BN SyncBN ShuffleBN GhostBN ImageBN BatchRenorm IN GN LN FrozenBN, as in the NORM of the
+    # heads. The layers below the outermost module that matches share their groups. A BN layer
+    # keeps its own eps and momentum.
     cfg.BN.CONVERT = []
     # Workers that one process stands for: their total number over all processes, a multiple of the
     # number of processes; 0 for none. "BN" and "ShuffleBN" normalize as that many workers would.
@@ -38,6 +40,21 @@ def add_bn_detection_config(cfg: CN) -> None:
     # Whether the losses of box, mask and keypoint heads are averaged per virtual worker, as DDP
     # averages those of workers.
     cfg.BN.VIRTUAL_LOSSES = False
+
+    # Population statistics for evaluations and checkpoints; training goes on from them.
+    cfg.BN.POPULATION = CN()
+    # "ema" (the running statistics of training), "pooled" (mean and variance of all values
+    # together), "mean_of_variances" (the average over batches), or "fvcore" (Detectron2's own
+    # PreciseBN, which leaves each worker with other statistics).
+    cfg.BN.POPULATION.ESTIMATOR = "ema"
+    # Images that an estimate uses, of DATASETS.TRAIN; the paper finds 1,000 to 10,000 sufficient.
+    cfg.BN.POPULATION.NUM_SAMPLES = 2000
+    # Images a batch over all workers; 0 for SOLVER.IMS_PER_BATCH.
+    cfg.BN.POPULATION.BATCH_SIZE = 0
+    # Iterations between estimates; 0 for TEST.EVAL_PERIOD. The last iteration always has one.
+    cfg.BN.POPULATION.PERIOD = 0
+    # If positive, stop before NUM_SAMPLES when the relative standard error of every layer is below.
+    cfg.BN.POPULATION.TOLERANCE = 0.0
 
     cfg.BN.SHUFFLE = CN()
     # What "ShuffleBN" sends between workers: "statistics" (of each random group), or "features"
@@ -53,8 +70,8 @@ def add_bn_detection_config(cfg: CN) -> None:
     cfg.BN.RENORM.PARTITION = "worker"
     cfg.BN.RENORM.R_MAX = 3.0
     cfg.BN.RENORM.D_MAX = 5.0
-    # Training steps of plain BN; then the limits rise linearly, to R_MAX at R_ITERS and D_MAX at
-    # D_ITERS.
+    # Training steps (forwards of a layer) of plain BN; then the limits rise linearly, to R_MAX at
+    # R_ITERS and D_MAX at D_ITERS.
     cfg.BN.RENORM.WARMUP_ITERS = 5000
     cfg.BN.RENORM.R_ITERS = 40000
     cfg.BN.RENORM.D_ITERS = 25000

@@ -55,14 +55,14 @@ def test_default_schedule_is_that_of_the_paper(steps: int, r_max: float, d_max: 
 @pytest.mark.parametrize(
     ("arguments", "key"),
     [
-        ({"r_max": 0.5}, "R_MAX 0.5 must be at least 1"),
-        ({"d_max": -1.0}, "D_MAX -1.0 at least 0"),
-        ({"warmup": 30_000}, "WARMUP_ITERS 30000 .* D_ITERS 25000 at least WARMUP_ITERS"),
+        ({"r_max": 0.5}, "R_MAX 0.5 must be at least 1."),
+        ({"d_max": -1.0}, "D_MAX -1.0 must be at least 0."),
+        ({"warmup": 30_000}, r"D_ITERS 25000 must be at least 30000 \(BN.RENORM.WARMUP_ITERS\)"),
         ({"warmup": -1}, "WARMUP_ITERS -1 must be at least 0"),
     ],
 )
 def test_schedules_that_cannot_be(arguments: dict[str, float], key: str) -> None:
-    with pytest.raises(ValueError, match=f"BN.RENORM: .*{key}"):
+    with pytest.raises(ValueError, match=f"BN.RENORM.{key}"):
         RenormSchedule(**arguments)
 
 

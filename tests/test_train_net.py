@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -242,11 +244,18 @@ def refused(folder: Path, output: Path, *more: object, flags: tuple[str, ...] = 
             ["BN.SHUFFLE.MODE", "features", *VIRTUAL_4],
             ["BN.SHUFFLE.MODE features", "BN.VIRTUAL_WORKERS 4", "BN.SHUFFLE.MODE statistics"],
         ),
-        (["BN.RENORM.R_MAX", "0.5"], ["BN.RENORM", "R_MAX 0.5", "at least 1"]),
-        (["BN.RENORM.D_MAX", "-1.0"], ["BN.RENORM", "D_MAX -1.0", "at least 0"]),
+        (["BN.RENORM.R_MAX", "0.5"], ["BN.RENORM.R_MAX 0.5", "at least 1"]),
+        (["BN.RENORM.D_MAX", "-1.0"], ["BN.RENORM.D_MAX -1.0", "at least 0"]),
         (
             ["BN.RENORM.WARMUP_ITERS", "30000"],
-            ["BN.RENORM", "WARMUP_ITERS 30000", "D_ITERS 25000 at least WARMUP_ITERS"],
+            ["BN.RENORM.D_ITERS 25000", "at least 30000", "WARMUP_ITERS"],
+        ),
+        (["BN.POPULATION.ESTIMATOR", "exact"], ["BN.POPULATION.ESTIMATOR", '"pooled"']),
+        (["BN.POPULATION.NUM_SAMPLES", "0"], ["BN.POPULATION.NUM_SAMPLES 0", "at least 1"]),
+        (["BN.POPULATION.BATCH_SIZE", "3"], ["BN.POPULATION.BATCH_SIZE 3", "2 workers"]),
+        (
+            ["BN.POPULATION.ESTIMATOR", "pooled", "TEST.PRECISE_BN.ENABLED", "True"],
+            ["BN.POPULATION.ESTIMATOR pooled", "TEST.PRECISE_BN.ENABLED"],
         ),
         (["BN.RENORM.PARTITION", "workers"], ['BN.RENORM.PARTITION is "workers"', '"worker"']),
         (["BN.CONVERT", "['roi_heads.*', 'GN']"], ["BN.CONVERT roi_heads.*", '"ShuffleBN"]']),
@@ -342,6 +351,27 @@ def test_statistics_are_averaged_before_checkpoint_and_evaluation(
     average = kinds.index(AverageStatistics)
     assert average < kinds.index(hooks.PeriodicCheckpointer)
     assert average < kinds.index(hooks.EvalHook)
+
+
+def test_precise_statistics_replace_the_ema_and_leave_training_as_it_was(
+    folder: Path, tmp_path: Path
+) -> None:
+    runs = {}
+    for estimator in ("ema", "pooled", "mean_of_variances"):
+        options = ("BN.POPULATION.ESTIMATOR", estimator, "BN.POPULATION.NUM_SAMPLES", 6)
+        options += ("SOLVER.MAX_ITER", 4, "BN.POPULATION.PERIOD", 2, "DATASETS.TEST", "()")
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002  Detectron2 draws from it
+        run = trainer(folder, tmp_path / estimator, "bn", *options)
+        run.train()
+        runs[estimator] = run.model.state_dict()
+    for name, value in runs["ema"].items():
+        for estimator in ("pooled", "mean_of_variances"):
+            same = torch.equal(runs[estimator][name], value)
+            assert same != ("running" in name), name
+    name = "roi_heads.box_head.conv1.norm.running_var"
+    checkpoint = torch.load(tmp_path / "pooled" / "model_final.pth", weights_only=False)["model"]
+    assert torch.equal(checkpoint[name], runs["pooled"][name])
 
 
 def test_batch_inference_needs_a_bn_layer(folder: Path, tmp_path: Path) -> None:

@@ -12,17 +12,22 @@ from detectron2.data import (
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
+from detectron2.data.samplers import TrainingSampler
 
 from .coco_json import check_num_classes
 from .unreadable import Mapper, ReadableLoader, SkipUnreadable
 
 
-def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> Iterable[list[dict]]:
+def build_train_loader(
+    cfg: CfgNode, mapper: Mapper | None = None, *, seed: int | None = None
+) -> Iterable[list[dict]]:
     """Detectron2's training loader for DATASETS.TRAIN.
 
     Args:
         cfg: the config.
         mapper: instead of Detectron2's ``DatasetMapper(cfg, True)``.
+        seed: of a uniform order of the images, the same on all workers; by default the sampler is
+            that of DATALOADER.SAMPLER_TRAIN, with a random seed.
 
     Returns:
         An endless iterable over batches of this worker: lists of dicts.
@@ -47,7 +52,8 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> Iterable[l
         dataset=", ".join(cfg.DATASETS.TRAIN),
         num_images=len(dicts),
     )
-    return build_detection_train_loader(cfg, mapper=skipping, dataset=dicts)
+    sampler = {} if seed is None else {"sampler": TrainingSampler(len(dicts), seed=seed)}
+    return build_detection_train_loader(cfg, mapper=skipping, dataset=dicts, **sampler)
 
 
 def build_test_loader(

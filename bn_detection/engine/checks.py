@@ -13,6 +13,7 @@ from detectron2.layers import get_norm
 from ..config import ConfigError
 from ..heads import SHUFFLE_MODES, BNOptions, norm_names
 from ..norm import INFERENCE, build_partition, check_choice, partition_names
+from ..population import ESTIMATORS
 
 
 class _Head(NamedTuple):
@@ -114,6 +115,7 @@ def _check_bn(cfg: CfgNode) -> None:
         BNOptions.from_config(cfg)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    _check_population(cfg)
     for entry in node.CONVERT:
         is_pair = isinstance(entry, list | tuple) and len(entry) == 2
         if not (is_pair and all(isinstance(part, str) for part in entry)):
@@ -122,6 +124,19 @@ def _check_bn(cfg: CfgNode) -> None:
                 '["roi_heads.*", "ShuffleBN"].'
             )
         _check_choice(f"BN.CONVERT {entry}: the norm", entry[1], norm_names())
+
+
+def _check_population(cfg: CfgNode) -> None:
+    node = cfg.BN.POPULATION
+    _check_choice("BN.POPULATION.ESTIMATOR", node.ESTIMATOR, ("ema", *ESTIMATORS, "fvcore"))
+    for key, minimum in (("NUM_SAMPLES", 1), ("BATCH_SIZE", 0), ("PERIOD", 0), ("TOLERANCE", 0)):
+        if node[key] < minimum:
+            raise ConfigError(f"BN.POPULATION.{key} {node[key]}: it must be at least {minimum}.")
+    if node.ESTIMATOR != "ema" and cfg.TEST.PRECISE_BN.ENABLED:
+        raise ConfigError(
+            f"BN.POPULATION.ESTIMATOR {node.ESTIMATOR} and TEST.PRECISE_BN.ENABLED True both "
+            "replace the running statistics; set TEST.PRECISE_BN.ENABLED False."
+        )
 
 
 def _check_virtual_workers(cfg: CfgNode, num_workers: int) -> None:
@@ -141,11 +156,14 @@ def _check_virtual_workers(cfg: CfgNode, num_workers: int) -> None:
     # What Detectron2 scales it to with REFERENCE_WORLD_SIZE.
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE or num_workers
     images = cfg.SOLVER.IMS_PER_BATCH * num_workers // reference
-    if images % virtual:
-        raise ConfigError(
-            f"BN.VIRTUAL_WORKERS {virtual}: SOLVER.IMS_PER_BATCH {images} cannot be divided among "
-            f"them; give a multiple of {virtual} images."
-        )
+    population = cfg.BN.POPULATION.BATCH_SIZE
+    batches = {"SOLVER.IMS_PER_BATCH": images, "BN.POPULATION.BATCH_SIZE": population}
+    for key, number in batches.items():
+        if number % virtual:
+            raise ConfigError(
+                f"BN.VIRTUAL_WORKERS {virtual}: {key} {number} cannot be divided among them; give "
+                f"a multiple of {virtual} images."
+            )
     if cfg.BN.SHUFFLE.MODE == "features" and virtual != num_workers:
         raise ConfigError(
             f"BN.SHUFFLE.MODE features moves RoIs between workers; BN.VIRTUAL_WORKERS {virtual} "
@@ -176,6 +194,11 @@ def _check_training(cfg: CfgNode, num_workers: int, resume: bool) -> None:
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} cannot be divided among {reference} "
             f"workers; give a multiple of {reference}."
+        )
+    if cfg.BN.POPULATION.BATCH_SIZE % reference:
+        raise ConfigError(
+            f"BN.POPULATION.BATCH_SIZE {cfg.BN.POPULATION.BATCH_SIZE} cannot be divided among "
+            f"{reference} workers; give a multiple of {reference}, or 0 for SOLVER.IMS_PER_BATCH."
         )
     checkpoint = last_checkpoint(cfg.OUTPUT_DIR)
     if checkpoint and not resume:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
 import os
 import weakref
 from collections import OrderedDict
@@ -29,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..data import build_test_loader, build_train_loader, report_unreadable
 from ..heads import configure_model
-from ..population import AverageStatistics
+from ..population import AverageStatistics, PreciseStatistics
 from .checkpoint import AtomicCheckpointer
 from .evaluation import build_evaluator
 from .setup import evaluation_folder
@@ -91,7 +92,29 @@ class Trainer(DefaultTrainer):
         first_use = next(i for i, hook in enumerate(built) if isinstance(hook, uses))
         periods = (self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD)
         built.insert(first_use, AverageStatistics(self.model, periods))
+        if self.cfg.BN.POPULATION.ESTIMATOR != "ema":
+            built.insert(first_use + 1, self._build_population_hook())
         return built
+
+    def _build_population_hook(self) -> HookBase:
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        node = cfg.BN.POPULATION
+        cfg.SOLVER.IMS_PER_BATCH = node.BATCH_SIZE or cfg.SOLVER.IMS_PER_BATCH
+        cfg.DATALOADER.NUM_WORKERS = 0  # the loader lives beside that of the training
+        num_batches = math.ceil(node.NUM_SAMPLES / cfg.SOLVER.IMS_PER_BATCH)
+        period = node.PERIOD or cfg.TEST.EVAL_PERIOD
+        if node.ESTIMATOR == "fvcore":
+            return hooks.PreciseBN(period, self.model, self.build_train_loader(cfg), num_batches)
+        return PreciseStatistics(
+            self.model,
+            # The same images each time, so that estimates differ by the model alone.
+            lambda: build_train_loader(cfg, seed=max(cfg.SEED, 0)),
+            num_batches,
+            periods=(period,),
+            estimator=node.ESTIMATOR,
+            tolerance=node.TOLERANCE,
+        )
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:

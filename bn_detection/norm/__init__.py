@@ -1,5 +1,6 @@
 """The one normalization layer, its partitions and collectives. Knows torch alone."""
 
+from .collectives import Collectives, world_size
 from .convert import matches, replace_layers, set_inference, take_tensors, to_plain_batch_norm
 from .functional import GroupStatistics, group_statistics, grouped_batch_norm
 from .layer import INFERENCE, PartitionedBatchNorm2d
@@ -20,6 +21,7 @@ from .shuffle import ExchangePlan, exchange, plan_exchange, restore
 
 __all__ = [
     "INFERENCE",
+    "Collectives",
     "ExchangePlan",
     "GroupStatistics",
     "Groups",
@@ -47,4 +49,5 @@ __all__ = [
     "take_tensors",
     "to_plain_batch_norm",
     "virtual_share",
+    "world_size",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -43,6 +45,10 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
         momentum: weight of the newest mini-batch in the running statistics; None for their
             cumulative average, as in ``nn.BatchNorm2d``.
 
+    Attributes:
+        observer: if set, gets the mini-batch statistics of each training forward, and whether their
+            groups span workers; the running statistics then do not move.
+
     Shape: input and output ``(N, C, H, W)``, any floating dtype, N >= 0.
 
     Raises:
@@ -69,6 +75,7 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
         self.renorm = renorm
         self.scope = scope or Scope(self.partition.groups)
         self.rename("")
+        self.observer: Callable[[GroupStatistics, bool], None] | None = None
         self._corrections: Forwards[tuple[Tensor, Tensor]] = Forwards()
 
     def rename(self, name: str) -> None:
@@ -83,7 +90,8 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
             mean, var = (None, None) if use_batch else (self.running_mean, self.running_var)
             return self._batch_norm(input, mean, var, use_batch, 0.0)
         spans = self.partition.spans_workers and world_size() > 1
-        if spans or self.renorm is not None or not self.partition.is_whole_batch:
+        fused = self.partition.is_whole_batch and self.renorm is None and self.observer is None
+        if spans or not fused:
             return self._grouped(input, spans)
         if input.numel() < 2 * self.num_features:
             return self._batch_norm(input, None, None, True, 0.0)
@@ -101,7 +109,9 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
         all_reduce = self._collectives.all_reduce if spans else None
         statistics = group_statistics(x, groups, all_reduce)
         correction = None if self.renorm is None else self._correction(x, statistics)
-        if not in_backward():
+        if self.observer is not None:
+            self.observer(statistics, spans)
+        elif not in_backward():
             self._update_running_statistics(statistics)
         weight, bias = self.weight, self.bias
         if weight is None:  # taken over from a layer with affine=False

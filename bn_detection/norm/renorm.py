@@ -33,15 +33,17 @@ class RenormSchedule:
     d_steps: float = 25_000
 
     def __post_init__(self) -> None:
-        if self.r_max < 1 or self.d_max < 0:
-            raise ValueError(
-                f"BN.RENORM: R_MAX {self.r_max} must be at least 1, D_MAX {self.d_max} at least 0."
-            )
-        if not 0 <= self.warmup <= min(self.r_steps, self.d_steps):
-            raise ValueError(
-                f"BN.RENORM: WARMUP_ITERS {self.warmup} must be at least 0, and R_ITERS "
-                f"{self.r_steps} and D_ITERS {self.d_steps} at least WARMUP_ITERS."
-            )
+        least = (
+            ("R_MAX", self.r_max, 1),
+            ("D_MAX", self.d_max, 0),
+            ("WARMUP_ITERS", self.warmup, 0),
+            ("R_ITERS", self.r_steps, self.warmup),
+            ("D_ITERS", self.d_steps, self.warmup),
+        )
+        for key, value, minimum in least:
+            if value < minimum:
+                why = " (BN.RENORM.WARMUP_ITERS)" if key in ("R_ITERS", "D_ITERS") else ""
+                raise ValueError(f"BN.RENORM.{key} {value} must be at least {minimum}{why}.")
 
     def scaled(self, factor: float) -> RenormSchedule:
         """The same limits at ``factor`` times the steps."""

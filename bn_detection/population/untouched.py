@@ -1,0 +1,43 @@
+"""Running a model on the side, with nothing left behind."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Restore random number generators, buffers, modes and counters of a model afterwards.
+
+    Counters are numbers that a module keeps as attributes, such as RetinaNet's loss normalizer.
+    Parameters, their gradients and what is outside the model are not looked after.
+
+    Args:
+        model: any module.
+    """
+    generators = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    attributes = {
+        module: {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float)}
+        for module in model.modules()
+    }
+    try:
+        yield
+    finally:
+        random.setstate(generators[0])
+        np.random.set_state(generators[1])  # noqa: NPY002
+        torch.set_rng_state(generators[2])
+        if on_gpus:
+            torch.cuda.set_rng_state_all(on_gpus)
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+        for module, values in attributes.items():
+            vars(module).update(values)
