@@ -5,8 +5,9 @@ for each other until the process group's timeout. Each message carries a tag of 
 and call; a worker that receives other tags than its own raises.
 
 gloo ends the process when a message is longer than the one expected, and then nobody says where. So
-messages on the CPU have process groups of their own, one for each size: a worker that is elsewhere
-is then waited for, until the timeout of the default group.
+messages on the CPU have a process group of their own: a worker that is in a collective of the rest
+of the model is waited for, until the timeout of the default group. Where two layers of different
+size meet, one worker ends so, and the others name the layer.
 """
 
 from __future__ import annotations
@@ -36,18 +37,19 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-# By default group: the gloo groups of all workers for messages of so many numbers.
-_groups: WeakKeyDictionary[dist.ProcessGroup, dict[int, dist.ProcessGroup]] = WeakKeyDictionary()
+# By default group: the gloo group of all workers for messages on the CPU.
+_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 
 
-def _group_for(size: int) -> dist.ProcessGroup:
+def _group_for(message: Tensor) -> dist.ProcessGroup | None:
     """The first time, all workers must be here."""
+    if message.is_cuda:
+        return None
     default = dist.group.WORLD
-    groups = _groups.setdefault(default, {})
-    if size not in groups:
+    if default not in _groups:
         timeout = default._get_backend(torch.device("cpu")).options._timeout
-        groups[size] = dist.new_group(backend="gloo", timeout=timeout)
-    return groups[size]
+        _groups[default] = dist.new_group(backend="gloo", timeout=timeout)
+    return _groups[default]
 
 
 def wait(work: dist.Work, message: Tensor) -> None:
@@ -83,9 +85,8 @@ class Collectives:
         """Sum ``values``, float64, over the workers: the same bits on each."""
         tag = float(self._next_tag())
         message = torch.cat([values.flatten(), values.new_tensor([tag])])
-        group = None if message.is_cuda else self._meet(len(message))
         with self._named():
-            wait(dist.all_reduce(message, group=group, async_op=True), message)
+            wait(dist.all_reduce(message, group=_group_for(message), async_op=True), message)
         self._check(message[-1:] - tag * world_size())
         return message[:-1].view_as(values)
 
@@ -97,8 +98,9 @@ class Collectives:
         mine = torch.tensor([tag, *values], device=device)
         gathered = mine.new_empty(world_size(), len(mine))
         with self._named():
-            group = None if mine.is_cuda else _group_for(len(mine))
-            work = dist.all_gather(list(gathered.unbind(0)), mine, group=group, async_op=True)
+            work = dist.all_gather(
+                list(gathered.unbind(0)), mine, group=_group_for(mine), async_op=True
+            )
 
         def finish() -> list[list[int]]:
             with self._named():
@@ -109,13 +111,6 @@ class Collectives:
             return [row[1:] for row in rows]
 
         return finish
-
-    def _meet(self, size: int) -> dist.ProcessGroup:
-        """The group for ``size`` numbers; a new one is made once all workers want it."""
-        if size not in _groups.get(dist.group.WORLD, {}):
-            self.all_gather((size, 0), torch.device("cpu"))()
-        with self._named():
-            return _group_for(size)
 
     def _next_tag(self) -> int:
         self._calls += 1
