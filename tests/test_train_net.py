@@ -374,6 +374,24 @@ def test_precise_statistics_replace_the_ema_and_leave_training_as_it_was(
     assert torch.equal(checkpoint[name], runs["pooled"][name])
 
 
+def test_fvcores_estimator_is_detectron2s_hook(folder: Path, tmp_path: Path) -> None:
+    from detectron2.engine import hooks
+
+    options = ("BN.POPULATION.ESTIMATOR", "fvcore", "BN.POPULATION.NUM_SAMPLES", 3)
+    run = trainer(folder, tmp_path, "bn", *options, "SOLVER.MAX_ITER", 2, "DATASETS.TEST", "()")
+    kinds = [type(hook) for hook in run._hooks]
+    precise = kinds.index(hooks.PreciseBN)
+    assert precise < kinds.index(hooks.PeriodicCheckpointer)
+    layer = run.model.roi_heads.box_head.conv1.norm
+    batches = []
+    layer.register_forward_hook(lambda _, inputs, __: batches.append(inputs[0].double()))
+    run.train()
+    # Two batches of training, then three of the estimate.
+    mean = torch.stack([x.mean((0, 2, 3)) for x in batches[2:5]]).mean(0)
+    assert len(batches) == 5
+    assert torch.allclose(layer.running_mean.double(), mean, atol=1e-5)
+
+
 def test_batch_inference_needs_a_bn_layer(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"BN\.INFERENCE.*BN\.MODULES"):
         trainer(folder, tmp_path, "gn", "BN.INFERENCE", "batch")
