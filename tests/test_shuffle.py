@@ -231,6 +231,30 @@ def test_negative_seeds_are_drawn() -> None:
     assert scopes[0].seed != scopes[1].seed
 
 
+class Folding(nn.Module):
+    """Folds the frames of a video into rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        made = build_partition("shuffle")
+        self.scope = Scope(made.groups, seed=SEED, needs_counts=made.needs_counts)
+        self.norm = PartitionedBatchNorm2d(CHANNELS, partition=made, scope=self.scope)
+        self.scope.attach(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.flatten(0, 1))
+
+
+def _fold(rank: int, world_size: int) -> Tensor:
+    videos = samples([4, 0])[rank].unflatten(0, (-1 if rank == 0 else 0, 2))
+    return Folding()(videos).detach()
+
+
+@pytest.mark.timeout(60)
+def test_a_module_whose_layers_have_other_rows_than_its_input() -> None:
+    assert [len(y) for y in run_workers(_fold, 2)] == [4, 0]
+
+
 def test_without_a_clock_a_loaded_layer_continues_the_draws() -> None:
     def stack() -> Stack:
         return Stack("shuffle", virtual_workers=2)

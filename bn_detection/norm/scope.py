@@ -261,7 +261,7 @@ class Scope(Generic[T]):
             call.value = self.make(call.rows)
         if call.rows.count != x.shape[0]:
             raise RuntimeError(
-                f"{_describe(layer)} has {x.shape[0]} rows, and the layers of {self.owner} before "
+                f"{_describe(layer)} has {x.shape[0]} rows, and {self.owner} or its layers before "
                 f"it {call.rows.count}: they cannot share groups. Convert the modules that work on "
                 "other rows by names of their own, such as "
                 '[["roi_heads.box_head", "ShuffleBN"], ["roi_heads.mask_head", "ShuffleBN"]].'
@@ -284,7 +284,8 @@ class Scope(Generic[T]):
     def _enter(self, module: nn.Module, args: Any) -> None:
         if module.training and not in_backward():
             call = self._open = self._begin(module)
-            if self.needs_counts and args and isinstance(args[0], Tensor):
+            # Input of other dimensions has other rows than the layers get.
+            if self.needs_counts and args and isinstance(args[0], Tensor) and args[0].dim() == 4:
                 call.rows = Rows(args[0], self, call.iteration, call.number)
                 call.rows.begin_all_counts()
 
