@@ -20,7 +20,7 @@ def add_bn_detection_config(cfg: CN) -> None:
         cfg: a node from :func:`detectron2.config.get_cfg`.
     """
     cfg.BN = CN()
-    # Globs over module names: the layers that the inference (and population) keys below act on.
+    # Globs over module names: the layers that the inference, population and freezing keys act on.
     cfg.BN.MODULES = ["roi_heads.*", "head.*"]
     # Weight of the newest mini-batch in the running statistics (EMA), as in torch.nn.BatchNorm2d.
     cfg.BN.MOMENTUM = 0.1
@@ -29,6 +29,8 @@ def add_bn_detection_config(cfg: CN) -> None:
     # What inference normalizes with: "population" (the running statistics) or "batch" (the
     # statistics of the current forward on this process).
     cfg.BN.INFERENCE = "population"
+    # Images in a forward of an evaluation on each worker; only "batch" depends on it.
+    cfg.BN.INFERENCE_BATCH_SIZE = 1
     # Layers to convert after the model is built: [[glob over module names, norm], ...]. The norm is
     # "" BN SyncBN ShuffleBN GhostBN ImageBN BatchRenorm IN GN LN FrozenBN, as in the NORM of the
     # heads. The layers below the outermost module that matches share their groups. A BN layer
@@ -41,7 +43,7 @@ def add_bn_detection_config(cfg: CN) -> None:
     # averages those of workers.
     cfg.BN.VIRTUAL_LOSSES = False
 
-    # Population statistics for evaluations and checkpoints; training goes on from them.
+    # Population statistics for evaluations and checkpoints.
     cfg.BN.POPULATION = CN()
     # "ema" (the running statistics of training), "pooled" (mean and variance of all values
     # together), "mean_of_variances" (the average over batches), or "fvcore" (Detectron2's own
@@ -55,6 +57,43 @@ def add_bn_detection_config(cfg: CN) -> None:
     cfg.BN.POPULATION.PERIOD = 0
     # If positive, stop before NUM_SAMPLES when the relative standard error of every layer is below.
     cfg.BN.POPULATION.TOLERANCE = 0.0
+    # The RoIs that a population is made of: "training" (those of the training sampler, which needs
+    # labels) or "inference" (the proposals that inference uses, which needs none).
+    cfg.BN.POPULATION.ROIS = "training"
+    # Whether training goes on from the running statistics that it had (also after --resume), or
+    # from the estimate, as with Detectron2's PreciseBN.
+    cfg.BN.POPULATION.RESTORE_EMA = False
+
+    # Training with population statistics at the end, as if the layers were FrozenBN.
+    cfg.BN.FREEZE = CN()
+    # Iterations at the end: a whole number, or a fraction of SOLVER.MAX_ITER below 1; None: never.
+    cfg.BN.FREEZE.LAST_ITERS = None
+    # Globs over module names: the layers to freeze; empty for those of BN.MODULES.
+    cfg.BN.FREEZE.MODULES = []
+    # What they keep: "ema" (their running statistics) or "precise" (an estimate made at that
+    # moment, as BN.POPULATION says; "pooled" where its ESTIMATOR is "ema").
+    cfg.BN.FREEZE.STATISTICS = "ema"
+    # Whether their affine parameters go on being trained: "train" or "fixed".
+    cfg.BN.FREEZE.AFFINE = "train"
+
+    # FPN levels in dense heads (BNRetinaNet, BNFCOSHead), "shared" or "separate" each. As they are
+    # here they are Detectron2's own for MODEL.RETINANET.NORM "BN".
+    cfg.BN.LEVELS = CN()
+    # Whether all levels are one normalization batch in training, or each is one.
+    cfg.BN.LEVELS.TRAIN = "separate"
+    # Whether inference normalizes all levels with the same population statistics.
+    cfg.BN.LEVELS.POPULATION = "separate"
+    # Whether all levels have the same affine parameters.
+    cfg.BN.LEVELS.AFFINE = "shared"
+
+    # Statistics of a few channels over training, to OUTPUT_DIR/bn_trace.jsonl and to TensorBoard.
+    cfg.BN.TRACE = CN()
+    # Iterations between records; 0 for none.
+    cfg.BN.TRACE.PERIOD = 0
+    # Globs over module names: the layers to trace; empty for those of BN.MODULES.
+    cfg.BN.TRACE.MODULES = []
+    # Channels of each layer, evenly spaced.
+    cfg.BN.TRACE.CHANNELS = 2
 
     cfg.BN.SHUFFLE = CN()
     # What "ShuffleBN" sends between workers: "statistics" (of each random group), or "features"

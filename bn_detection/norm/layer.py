@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
 
     Attributes:
         observer: if set, gets the mini-batch statistics of each training forward, and whether their
-            groups span workers; the running statistics then do not move.
+            groups span workers; the running statistics then move only if it returns True.
 
     Shape: input and output ``(N, C, H, W)``, any floating dtype, N >= 0.
 
@@ -75,7 +76,7 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
         self.renorm = renorm
         self.scope = scope or Scope(self.partition.groups)
         self.rename("")
-        self.observer: Callable[[GroupStatistics, bool], None] | None = None
+        self.observer: Callable[[GroupStatistics, bool], bool | None] | None = None
         self._corrections: Forwards[tuple[Tensor, Tensor]] = Forwards()
 
     def rename(self, name: str) -> None:
@@ -84,36 +85,40 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
         self._collectives = Collectives(name or f"PartitionedBatchNorm2d({self.num_features})")
 
     def forward(self, input: Tensor) -> Tensor:
-        self._check_input_dim(input)
+        return self.normalize(input, self.weight, self.bias)
+
+    def normalize(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The forward with other affine parameters, ``(C,)`` each, than the layer's own."""
+        self._check_input_dim(x)
+        batch_norm = partial(self._batch_norm, x, weight, bias)
         if not self.training:
             use_batch = self.inference == "batch"
             mean, var = (None, None) if use_batch else (self.running_mean, self.running_var)
-            return self._batch_norm(input, mean, var, use_batch, 0.0)
+            return batch_norm(mean, var, use_batch, 0.0)
         spans = self.partition.spans_workers and world_size() > 1
         fused = self.partition.is_whole_batch and self.renorm is None and self.observer is None
         if spans or not fused:
-            return self._grouped(input, spans)
-        if input.numel() < 2 * self.num_features:
-            return self._batch_norm(input, None, None, True, 0.0)
+            return self._grouped(x, weight, bias, spans)
+        if x.numel() < 2 * self.num_features:
+            return batch_norm(None, None, True, 0.0)
         if in_backward():
             # Checkpointing wants as many saved tensors as the first time; these are not moved.
-            mean, var = self.running_mean.clone(), self.running_var.clone()
-            return self._batch_norm(input, mean, var, True, 0.0)
+            return batch_norm(self.running_mean.clone(), self.running_var.clone(), True, 0.0)
         self.num_batches_tracked.add_(1)
         factor = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
-        return self._batch_norm(input, self.running_mean, self.running_var, True, factor)
+        return batch_norm(self.running_mean, self.running_var, True, factor)
 
     @torch.compiler.disable
-    def _grouped(self, x: Tensor, spans: bool) -> Tensor:
+    def _grouped(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, spans: bool
+    ) -> Tensor:
         groups = _ONE_GROUP if self.partition.is_whole_batch else self.scope.get(self, x)
         all_reduce = self._collectives.all_reduce if spans else None
         statistics = group_statistics(x, groups, all_reduce)
         correction = None if self.renorm is None else self._correction(x, statistics)
-        if self.observer is not None:
-            self.observer(statistics, spans)
-        elif not in_backward():
+        moves = self.observer is None or bool(self.observer(statistics, spans))
+        if moves and not in_backward():
             self._update_running_statistics(statistics)
-        weight, bias = self.weight, self.bias
         if weight is None:  # taken over from a layer with affine=False
             weight, bias = torch.ones_like(self.running_var), torch.zeros_like(self.running_mean)
         return grouped_batch_norm(
@@ -167,13 +172,20 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
         self.running_var.lerp_(var.to(self.running_var), factor)
 
     def _batch_norm(
-        self, x: Tensor, mean: Tensor | None, var: Tensor | None, training: bool, factor: float
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        training: bool,
+        factor: float,
     ) -> Tensor:
         # Not F.batch_norm, which refuses one value per channel.
         return torch.batch_norm(
             x,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             mean,
             var,
             training,
