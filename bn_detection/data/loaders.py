@@ -13,6 +13,7 @@ from detectron2.data import (
     get_detection_dataset_dicts,
 )
 from detectron2.data.samplers import TrainingSampler
+from torch.utils.data import DataLoader
 
 from .coco_json import check_num_classes
 from .unreadable import Mapper, ReadableLoader, SkipUnreadable
@@ -61,6 +62,9 @@ def build_test_loader(
 ) -> Iterable[list[dict[str, Any]]]:
     """Detectron2's test loader for one dataset, without the images that cannot be read.
 
+    A batch has BN.INFERENCE_BATCH_SIZE images of this worker, the last one what is left; images
+    of unequal size are padded to the largest of their batch.
+
     Args:
         cfg: the config.
         dataset_name: of a registered dataset.
@@ -76,6 +80,14 @@ def build_test_loader(
     skipping = SkipUnreadable(
         mapper or DatasetMapper(cfg, False), cfg.OUTPUT_DIR, dataset=dataset_name
     )
-    loader = build_detection_test_loader(cfg, dataset_name, mapper=skipping)
+    stock = build_detection_test_loader(cfg, dataset_name, mapper=skipping)
     check_num_classes(cfg, dataset_name)
+    # Detectron2 v0.6 takes no batch size.
+    loader = DataLoader(
+        stock.dataset,
+        batch_size=cfg.BN.INFERENCE_BATCH_SIZE,
+        sampler=stock.sampler,
+        num_workers=stock.num_workers,
+        collate_fn=stock.collate_fn,
+    )
     return ReadableLoader(loader, dataset_name)

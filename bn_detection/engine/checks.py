@@ -104,6 +104,10 @@ def _stock_can(head: _Head, norm: str) -> bool:
 def _check_bn(cfg: CfgNode) -> None:
     node = cfg.BN
     _check_choice("BN.INFERENCE", node.INFERENCE, INFERENCE)
+    if node.INFERENCE_BATCH_SIZE < 1:
+        raise ConfigError(
+            f"BN.INFERENCE_BATCH_SIZE {node.INFERENCE_BATCH_SIZE}: it must be at least 1."
+        )
     if not 0 < node.MOMENTUM <= 1:
         raise ConfigError(f"BN.MOMENTUM {node.MOMENTUM}: it must be above 0 and at most 1.")
     if node.EPS <= 0:
