@@ -19,7 +19,7 @@ from detectron2.modeling.roi_heads import (
 )
 from torch import Tensor, nn
 
-from ..norm import ExchangePlan, Scope, exchange, restore
+from ..norm import ExchangePlan, Scope, exchange, normalizes_in_training, restore
 from .norms import BNOptions, NormFactory
 
 
@@ -41,7 +41,9 @@ class PartitionedHead(nn.Module):
                 scope.attach(self)
 
     def _on_groups(self, layers: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        plan = self.shuffle.get(self, x) if self.shuffle is not None and self.training else None
+        if self.shuffle is None or not normalizes_in_training(self):
+            return layers(x)
+        plan = self.shuffle.get(self, x)
         return layers(x) if plan is None else restore(layers(exchange(x, plan)), plan)
 
 

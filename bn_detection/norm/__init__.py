@@ -16,7 +16,7 @@ from .partition import (
     virtual_share,
 )
 from .renorm import RenormSchedule
-from .scope import Rows, Scope, set_clock, set_rows_per_image
+from .scope import Rows, Scope, normalizes_in_training, set_clock, set_rows_per_image
 from .shuffle import ExchangePlan, exchange, plan_exchange, restore
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "grouped_batch_norm",
     "images_per_virtual_worker",
     "matches",
+    "normalizes_in_training",
     "partition_names",
     "plan_exchange",
     "register_partition",

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .collectives import Collectives, rank, world_size
 
@@ -47,6 +48,15 @@ def set_rows_per_image(counts: Sequence[int]) -> None:
 def in_backward() -> bool:
     """Whether autograd is running backward: a forward then is a recomputation of a checkpoint."""
     return torch._C._current_graph_task_id() != -1
+
+
+def normalizes_in_training(module: nn.Module) -> bool:
+    """Whether a BN layer at or below ``module`` is in training mode, whatever the module's own.
+
+    Population statistics of inference are collected in a model in eval mode with such layers; and
+    a model in training can have frozen ones.
+    """
+    return any(m.training for m in module.modules() if isinstance(m, _BatchNorm))
 
 
 class Rows:
@@ -222,7 +232,7 @@ class Scope(Generic[T]):
         self.collectives = Collectives(self.owner)
 
     def attach(self, module: nn.Module) -> None:
-        """Make each training forward of ``module`` a call."""
+        """Make each forward of ``module`` in which a BN layer below it trains a call."""
         self.handles += [
             module.register_forward_pre_hook(self._enter),
             module.register_forward_hook(self._leave, always_call=True),
@@ -282,7 +292,7 @@ class Scope(Generic[T]):
 
     @torch.compiler.disable
     def _enter(self, module: nn.Module, args: Any) -> None:
-        if module.training and not in_backward():
+        if normalizes_in_training(module) and not in_backward():
             call = self._open = self._begin(module)
             # Input of other dimensions has other rows than the layers get.
             if self.needs_counts and args and isinstance(args[0], Tensor) and args[0].dim() == 4:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from detectron2.layers import NaiveSyncBatchNorm
 from torch import Tensor, nn
 
 from ..norm import (
@@ -20,9 +22,12 @@ from ..norm import (
     Groups,
     GroupStatistics,
     PartitionedBatchNorm2d,
+    Scope,
+    check_choice,
     group_statistics,
     grouped_batch_norm,
     matches,
+    normalizes_in_training,
     world_size,
 )
 from .untouched import untouched
@@ -30,10 +35,17 @@ from .untouched import untouched
 logger = logging.getLogger(__name__)
 
 ESTIMATORS = ("pooled", "mean_of_variances")
+ROIS = ("training", "inference")
 
 # The batches are merged into at most so many parts, whose spread gives the standard errors.
 _MAX_PARTS = 32
+# Batches of each worker after which a tolerance is first checked; then at twice as many, and so on.
+_FIRST_CHECK = 16
+# Relative standard error from which an estimate rests on too few samples.
+_LARGE_ERROR = 0.1
 _LOG_SECONDS = 10.0
+
+_SYNC_BATCH_NORMS = (nn.SyncBatchNorm, NaiveSyncBatchNorm)
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,7 @@ class PopulationStatistics:
         var: ``(C,)`` float64, unbiased.
         mean_error: ``(C,)`` float64, standard error of ``mean`` by batch means; nan from one batch.
         var_error: ``(C,)`` float64, that of ``var``.
-        count: values a channel (N x H x W) of all workers.
+        count: values a channel (N x H x W) of all workers that it rests on.
     """
 
     mean: Tensor
@@ -73,6 +85,8 @@ def collect_statistics(
     modules: Sequence[str] = ("*",),
     estimator: str = "pooled",
     tolerance: float = 0.0,
+    rois: str = "training",
+    allow_fewer: bool = False,
 ) -> dict[str, PopulationStatistics]:
     """Estimate population statistics from forward passes.
 
@@ -87,22 +101,33 @@ def collect_statistics(
     The batches of all workers are merged exactly, in float64 (Chan et al. 1979) and one collective,
     so all hold the same bits; fvcore's leaves each worker with its own (fvcore issue 152).
 
+    The log has a line a layer, and a warning for each that rests on too few samples.
+
     Args:
-        model: in the mode that the population is wanted of; its BN layers in training mode take
-            part. Normalization is that of training, and the running statistics are not moved.
-        batches: this worker's inputs of ``model``.
-        num_batches: how many to use at most. All workers use as many as the one with the fewest.
+        model: its BN layers in training mode take part. Normalization is that of training, and the
+            running statistics are not moved.
+        batches: this worker's inputs of ``model``; the length of each is its number of images.
+        num_batches: how many of them to use.
         modules: globs over the names of the layers.
         estimator: one of :data:`ESTIMATORS`.
         tolerance: if positive, stop when the relative error of every layer is below it.
+        rois: ``training`` runs the model in the mode that it is in, so a detector in training
+            mode samples RoIs with the labels. ``inference`` runs it in eval mode, its layers that
+            take part alone in training mode: RoIs are the proposals that inference uses.
+        allow_fewer: whether to use what there is where ``batches`` end early. Each worker then
+            uses all of its own, unless layers share statistics over the workers: these need every
+            worker, so all stop with the first.
 
     Returns:
         By layer name.
 
     Raises:
-        ValueError: no layer takes part, or there is no batch.
+        ValueError: no layer takes part; there is no batch, or fewer than ``num_batches`` without
+            ``allow_fewer``; an unknown estimator or kind of RoIs.
         FloatingPointError: a layer saw a value that is not finite; names it.
     """
+    check_choice("estimator", estimator, ESTIMATORS)
+    check_choice("rois", rois, ROIS)
     layers = batch_norms_in_training(model, modules)
     if not layers:
         raise ValueError(
@@ -110,33 +135,30 @@ def collect_statistics(
             "to estimate. Frozen layers and those of a model in eval mode do not take part."
         )
     estimate = {"pooled": _pooled, "mean_of_variances": _mean_of_variances}[estimator]
-    collector = _Collector(layers)
-    iterator = iter(batches)
-    done, check_at, results = 0, 16, None
-    start = logged = time.monotonic()
+    collector = _Collector(layers, num_batches)
     with untouched(model), collector.observing():
-        while done < num_batches and _all_workers_have((batch := next(iterator, None)) is not None):
-            collector.run(model, batch)
-            done += 1
-            if tolerance > 0 and done == check_at:
-                check_at *= 2
-                results = collector.results(estimate)
-                if all(result.relative_error < tolerance for result in results.values()):
-                    break
-                results = None
-            if time.monotonic() - logged > _LOG_SECONDS:
-                logged = time.monotonic()
-                left = (logged - start) / done * (num_batches - done)
-                logger.info("Population statistics: batch %d/%d, eta %ds", done, num_batches, left)
-    if done == 0:
-        raise ValueError("There is no batch to estimate population statistics from.")
-    results = results or collector.results(estimate)
+        if rois == "inference":
+            model.eval()
+            for layer in layers.values():
+                layer.train()
+        source = collector.take(iter(batches), in_step=_calls_collectives(model))
+        for goal in _checks(num_batches) if tolerance > 0 else [num_batches]:
+            for batch in islice(source, goal - collector.batches):
+                collector.run(model, batch)
+            results, used = collector.results(estimate)
+            seen = [result for result in results.values() if result.count > 0]
+            precise = bool(seen) and all(result.relative_error < tolerance for result in seen)
+            if precise:
+                break
+    if not precise:
+        used.check(num_batches, allow_fewer)
     for name, result in results.items():
         if not bool(torch.isfinite(result.mean).all() and torch.isfinite(result.var).all()):
             raise FloatingPointError(
                 f"{name}: its input has values that are not finite, so it has no population "
-                "statistics. The model keeps the old ones."
+                "statistics, and the model keeps the old ones. Its weights may have diverged."
             )
+    _report(results, sum(used.images), tolerance)
     return results
 
 
@@ -171,12 +193,50 @@ class _Enough(Exception):
     """Ends a forward pass after the last layer whose input is wanted."""
 
 
+class _Used(NamedTuple):
+    """What each worker used, by rank."""
+
+    batches: list[int]
+    images: list[int]
+    ended: list[bool]
+
+    def check(self, num_batches: int, allow_fewer: bool) -> None:
+        if sum(self.batches) == 0:
+            raise ValueError("There is no batch to estimate population statistics from.")
+        ended = [
+            f"worker {rank}'s after {self.batches[rank]}" for rank, e in enumerate(self.ended) if e
+        ]
+        if not ended:
+            return
+        text = (
+            f"The batches for population statistics ended early: {', '.join(ended)} of "
+            f"{num_batches}. There were {sum(self.images)} images."
+        )
+        if not allow_fewer:
+            raise ValueError(f"{text} Ask for fewer batches, or allow fewer (allow_fewer=True).")
+        cut = [rank for rank, n in enumerate(self.batches) if n < num_batches]
+        cut = [rank for rank in cut if not self.ended[rank]]
+        if cut:
+            logger.warning(
+                "%s Layers share statistics over the workers, so workers %s stopped there too, and "
+                "the rest of their images is not used.",
+                text,
+                cut,
+            )
+        else:
+            logger.info("%s All of them are used.", text)
+
+
 class _Collector:
-    def __init__(self, layers: dict[str, nn.Module]) -> None:
+    def __init__(self, layers: dict[str, nn.Module], num_batches: int) -> None:
+        self.batches = self.images = 0
+        self._num_batches = num_batches
+        self._ended = False
+        self._start = self._logged = time.monotonic()
         self._layers = layers
         self._batch: dict[str, Tensor] = {}
         self._calls: list[str] = []
-        self._first_calls: list[str] | None = None
+        self._all_calls: list[str] | None = None
         self._parts: list[Tensor] = []
         self._pending: list[Tensor] = []
         self._batches_a_part = 1
@@ -191,7 +251,7 @@ class _Collector:
                 if isinstance(layer, PartitionedBatchNorm2d):
                     layer.observer = observe
                 else:
-                    spans = isinstance(layer, nn.SyncBatchNorm) and world_size() > 1
+                    spans = isinstance(layer, _SYNC_BATCH_NORMS) and world_size() > 1
                     all_reduce = Collectives(name).all_reduce if spans else None
                     layer.forward = partial(_observed_forward, layer, observe, all_reduce)
             yield
@@ -202,17 +262,36 @@ class _Collector:
                 else:
                     vars(layer).pop("forward", None)
 
+    def take(self, batches: Iterator[Any], *, in_step: bool) -> Iterator[Any]:
+        """The batches; workers in step all end with the first that has no more."""
+        while True:
+            batch = next(batches, None)
+            self._ended = batch is None
+            if in_step and not _all_workers(not self._ended):
+                return
+            if self._ended:
+                return
+            self.batches += 1
+            self.images += len(batch) if isinstance(batch, Sized) else 1
+            yield batch
+
     def run(self, model: nn.Module, batch: Any) -> None:
-        """One forward pass; after the first, no further than the last layer that takes part."""
+        """One forward pass; once all layers were called, no further than the last of them."""
         self._batch, self._calls = {}, []
         with suppress(_Enough):
             model(batch)
-        if self._first_calls is None:
-            self._first_calls = self._calls
+        if self._all_calls is None and len(self._batch) == len(self._layers):
+            self._all_calls = self._calls
         for name, layer in self._layers.items():
             if name not in self._batch:  # it was not called
                 self._batch[name] = layer.running_mean.double().new_zeros(6, layer.num_features)
         self._add(torch.cat([self._batch[name] for name in self._layers], dim=1))
+        if time.monotonic() - self._logged > _LOG_SECONDS:
+            self._logged = time.monotonic()
+            left = (self._logged - self._start) / self.batches * (self._num_batches - self.batches)
+            logger.info(
+                "Population statistics: batch %d/%d, eta %ds", self.batches, self._num_batches, left
+            )
 
     def _observe(self, name: str, statistics: GroupStatistics, spans_workers: bool) -> None:
         moments = _moments(statistics)
@@ -222,7 +301,7 @@ class _Collector:
             moments = _merge(torch.stack([self._batch[name], moments]))
         self._batch[name] = moments
         self._calls.append(name)
-        if self._calls == self._first_calls:
+        if self._calls == self._all_calls:
             raise _Enough
 
     def _add(self, batch: Tensor) -> None:
@@ -241,22 +320,31 @@ class _Collector:
 
     def results(
         self, estimate: Callable[[Tensor], tuple[Tensor, ...]]
-    ) -> dict[str, PopulationStatistics]:
+    ) -> tuple[dict[str, PopulationStatistics], _Used]:
         """Merge the parts of all workers: one collective."""
-        mine = torch.stack([*self._parts, *self._pending])
-        parts = torch.zeros(_MAX_PARTS, *mine.shape[1:], dtype=mine.dtype, device=mine.device)
-        parts[: len(mine)] = mine
-        if world_size() > 1:
-            gathered = [torch.empty_like(parts) for _ in range(world_size())]
-            dist.all_gather(gathered, parts)
-            parts = torch.cat(gathered)
-        columns = (*estimate(parts), parts[:, 0].sum(0))
         sizes = [layer.num_features for layer in self._layers.values()]
-        by_layer = zip(self._layers, *(column.split(sizes) for column in columns), strict=True)
+        some = next(iter(self._layers.values())).running_mean
+        parts = some.new_zeros(_MAX_PARTS, 6, sum(sizes), dtype=torch.float64)
+        for part, values in zip(parts, [*self._parts, *self._pending], strict=False):
+            part.copy_(values)
+        progress = [self.batches, self.images, self._ended]
+        message = torch.cat([parts.flatten(), parts.new_tensor(progress)])
+        gathered = [message]
+        if world_size() > 1:
+            gathered = [torch.empty_like(message) for _ in range(world_size())]
+            dist.all_gather(gathered, message)
+        of_workers = [message[: -len(progress)].view_as(parts) for message in gathered]
+        batches, images, ended = zip(
+            *(message[-len(progress) :].tolist() for message in gathered), strict=True
+        )
+        used = _Used([*map(int, batches)], [*map(int, images)], [*map(bool, ended)])
+        columns = [column.split(sizes) for column in estimate(torch.cat(of_workers))]
         return {
             name: PopulationStatistics(mean, var, mean_error, var_error, int(count[0]))
-            for name, mean, var, mean_error, var_error, count in by_layer
-        }
+            for name, mean, var, mean_error, var_error, count in zip(
+                self._layers, *columns, strict=True
+            )
+        }, used
 
 
 def _observed_forward(
@@ -306,24 +394,29 @@ def _merge(parts: Tensor) -> Tensor:
     return torch.cat([torch.stack([total, pooled, deviations]), parts[:, 3:].sum(0)])
 
 
-def _pooled(parts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+# Mean, variance, their standard errors and the number of values, (C,) each, from (P, 6, C).
+
+
+def _pooled(parts: Tensor) -> tuple[Tensor, ...]:
     count, mean, deviations, *_ = parts.unbind(1)
     total, pooled, all_deviations, *_ = _merge(parts)
     var = all_deviations / (total - 1).clamp(min=1)
     spread = deviations / count.clamp(min=1) + (mean - pooled).square()
     biased = all_deviations / total.clamp(min=1)
-    return pooled, var, _error(mean, pooled, count), _error(spread, biased, count)
+    return pooled, var, _error(mean, pooled, count), _error(spread, biased, count), total
 
 
-def _mean_of_variances(parts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _, _, _, groups, means, variances = parts.unbind(1)
+def _mean_of_variances(parts: Tensor) -> tuple[Tensor, ...]:
+    count, _, _, groups, means, variances = parts.unbind(1)
     number, mean, var = (t.sum(0) for t in (groups, means, variances))
     mean, var = mean / number.clamp(min=1), var / number.clamp(min=1)
     of_parts = (t / groups.clamp(min=1) for t in (means, variances))
     mean_error, var_error = (
         _error(part, total, groups) for part, total in zip(of_parts, (mean, var), strict=True)
     )
-    return mean, var, mean_error, var_error
+    # Groups of one value have no variance, and a layer of such groups alone no estimate.
+    total = torch.where(number > 0, count.sum(0), 0)
+    return mean, var, mean_error, var_error, total
 
 
 def _error(values: Tensor, mean: Tensor, weight: Tensor) -> Tensor:
@@ -335,10 +428,73 @@ def _error(values: Tensor, mean: Tensor, weight: Tensor) -> Tensor:
     return torch.where(number > 1, error, torch.full_like(error, math.nan))
 
 
-def _all_workers_have(one: bool) -> bool:
+def _checks(num_batches: int) -> Iterator[int]:
+    """Numbers of batches after which to look whether they suffice."""
+    goal = _FIRST_CHECK
+    while goal < num_batches:
+        yield goal
+        goal *= 2
+    yield num_batches
+
+
+def _calls_collectives(model: nn.Module) -> bool:
+    """Whether a forward of the model in its mode needs all workers."""
     if world_size() == 1:
-        return one
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    flag = torch.tensor(int(one), device=device)
+        return False
+    for module in model.modules():
+        if not normalizes_in_training(module):
+            continue
+        of_partition = isinstance(module, PartitionedBatchNorm2d) and module.partition.spans_workers
+        of_scope = any(isinstance(v, Scope) and v.needs_counts for v in vars(module).values())
+        if of_partition or of_scope or isinstance(module, _SYNC_BATCH_NORMS):
+            return True
+    return False
+
+
+def _all_workers(one: bool) -> bool:
+    flag = torch.tensor(int(one), device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return bool(flag)
+
+
+def _report(results: dict[str, PopulationStatistics], images: int, tolerance: float) -> None:
+    """A line a layer; layers of too few samples, and how many they need, as warnings."""
+
+    def needed(error: float, wanted: float) -> int:
+        return math.ceil(images * (error / wanted) ** 2)
+
+    errors = {name: r.relative_error for name, r in results.items() if r.count > 1}
+    for name, error in errors.items():
+        count = results[name].count
+        if math.isnan(error):
+            logger.warning(
+                "%s: population statistics of %d values of one batch, so their standard error is "
+                "unknown.",
+                name,
+                count,
+            )
+            continue
+        logger.info(
+            "%s: population statistics of %d values, standard error %.2f %%",
+            *(name, count, 100 * error),
+        )
+        if error > _LARGE_ERROR:
+            logger.warning(
+                "%s: its population statistics rest on too few samples: %d images give a standard "
+                "error of %.0f %%, about %d would give %.0f %%.",
+                *(name, images, 100 * error, needed(error, _LARGE_ERROR), 100 * _LARGE_ERROR),
+            )
+    worst = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]), default=None)
+    if tolerance <= 0 or worst is None:
+        return
+    if errors[worst] < tolerance:
+        logger.info(
+            "Every layer has a standard error below the tolerance of %.2f %% after %d images.",
+            *(100 * tolerance, images),
+        )
+    else:
+        logger.warning(
+            "All %d images do not suffice for the tolerance of %.2f %%: %s has a standard error of "
+            "%.2f %%.",
+            *(images, 100 * tolerance, worst, 100 * errors[worst]),
+        )
