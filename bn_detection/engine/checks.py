@@ -120,6 +120,9 @@ def _check_bn(cfg: CfgNode) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     _check_population(cfg)
+    for key, minimum in (("PERIOD", 0), ("CHANNELS", 1)):
+        if node.TRACE[key] < minimum:
+            raise ConfigError(f"BN.TRACE.{key} {node.TRACE[key]}: it must be at least {minimum}.")
     for entry in node.CONVERT:
         is_pair = isinstance(entry, list | tuple) and len(entry) == 2
         if not (is_pair and all(isinstance(part, str) for part in entry)):

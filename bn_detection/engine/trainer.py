@@ -28,9 +28,10 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..config import ConfigError
 from ..data import build_test_loader, build_train_loader, report_unreadable
 from ..heads import configure_model
-from ..population import AverageStatistics, PreciseStatistics
+from ..population import AverageStatistics, PreciseStatistics, TraceStatistics
 from .checkpoint import AtomicCheckpointer
 from .evaluation import build_evaluator
 from .setup import evaluation_folder
@@ -94,7 +95,27 @@ class Trainer(DefaultTrainer):
         built.insert(first_use, AverageStatistics(self.model, periods))
         if self.cfg.BN.POPULATION.ESTIMATOR != "ema":
             built.insert(first_use + 1, self._build_population_hook())
+        if self.cfg.BN.TRACE.PERIOD > 0:
+            built.insert(0, self._build_trace_hook(built))
         return built
+
+    def _build_trace_hook(self, built: list[HookBase | None]) -> HookBase:
+        node = self.cfg.BN.TRACE
+        try:
+            trace = TraceStatistics(
+                self.model,
+                self.cfg.OUTPUT_DIR,
+                period=node.PERIOD,
+                modules=node.MODULES or self.cfg.BN.MODULES,
+                channels=node.CHANNELS,
+            )
+        except ValueError as error:
+            key = "BN.TRACE.MODULES" if node.MODULES else "BN.TRACE.PERIOD > 0: BN.MODULES"
+            raise ConfigError(f"{key} {error}") from error
+        for hook in built:
+            if isinstance(hook, PreciseStatistics):
+                hook.listeners.append(trace.record_population)
+        return trace
 
     def _build_population_hook(self) -> HookBase:
         cfg = self.cfg.clone()

@@ -9,6 +9,8 @@ from .collect import (
     collect_statistics,
 )
 from .hook import PreciseStatistics
+from .layers import describe_batch_norms
+from .trace import TraceStatistics, read_trace
 from .untouched import untouched
 
 __all__ = [
@@ -16,9 +18,12 @@ __all__ = [
     "AverageStatistics",
     "PopulationStatistics",
     "PreciseStatistics",
+    "TraceStatistics",
     "apply_statistics",
     "average_running_statistics",
     "batch_norms_in_training",
     "collect_statistics",
+    "describe_batch_norms",
+    "read_trace",
     "untouched",
 ]

@@ -11,7 +11,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .collect import apply_statistics, collect_statistics
+from .collect import PopulationStatistics, apply_statistics, collect_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,9 @@ class PreciseStatistics(HookBase):
         modules: globs over the names of the layers.
         estimator: one of :data:`bn_detection.population.ESTIMATORS`.
         tolerance: if positive, stop when the relative error of every layer is below it.
+
+    Attributes:
+        listeners: called with the iteration and the statistics of each estimate.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class PreciseStatistics(HookBase):
         self._num_batches = num_batches
         self._periods = [period for period in periods if period > 0]
         self._options = {"modules": modules, "estimator": estimator, "tolerance": tolerance}
+        self.listeners: list[Callable[[int, dict[str, PopulationStatistics]], None]] = []
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
@@ -71,3 +75,5 @@ class PreciseStatistics(HookBase):
                 100 * estimate.relative_error,
             )
         apply_statistics(self._model, statistics)
+        for listener in self.listeners:
+            listener(self.trainer.iter, statistics)
