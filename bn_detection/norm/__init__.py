@@ -4,6 +4,7 @@ from .collectives import Collectives, world_size
 from .convert import matches, replace_layers, set_inference, take_tensors, to_plain_batch_norm
 from .functional import GroupStatistics, group_statistics, grouped_batch_norm
 from .layer import INFERENCE, PartitionedBatchNorm2d
+from .levels import LevelBatchNorm2d, LevelOptions
 from .partition import (
     Groups,
     Partition,
@@ -25,6 +26,8 @@ __all__ = [
     "ExchangePlan",
     "GroupStatistics",
     "Groups",
+    "LevelBatchNorm2d",
+    "LevelOptions",
     "Partition",
     "PartitionedBatchNorm2d",
     "RenormSchedule",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,10 +62,21 @@ def group_statistics(
     return GroupStatistics(count, mean, (squares / safe - mean.square()).clamp_(min=0))
 
 
+def merge_statistics(parts: Sequence[GroupStatistics]) -> GroupStatistics:
+    """The statistics of each group from those of all its parts (Chan et al. 1979)."""
+    count, mean, var = (
+        torch.stack([getattr(part, name) for part in parts]) for name in ("count", "mean", "var")
+    )
+    total = count.sum(0)
+    share = count / total.clamp(min=1)
+    merged = (share * mean).sum(0)
+    return GroupStatistics(total, merged, (share * (var + (mean - merged).square())).sum(0))
+
+
 def grouped_batch_norm(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     statistics: GroupStatistics,
     groups: Groups,
     eps: float,
@@ -80,8 +91,8 @@ def grouped_batch_norm(
 
     Args:
         x: ``(N, C, H, W)``, any floating dtype; N may be zero.
-        weight: ``(C,)``, the affine scale.
-        bias: ``(C,)``, the affine shift.
+        weight: ``(C,)``, the affine scale; None for 1.
+        bias: ``(C,)``, the affine shift; None for 0.
         statistics: of :func:`group_statistics` for the same ``x``.
         groups: the group of each row.
         eps: added to the variance.
@@ -91,6 +102,8 @@ def grouped_batch_norm(
     Returns:
         The output, in the shape and dtype of ``x``.
     """
+    if weight is None:
+        weight, bias = torch.ones_like(statistics.mean[0]), torch.zeros_like(statistics.mean[0])
     return _GroupedBatchNorm.apply(
         x, weight, bias, statistics, groups, eps, all_reduce, correction or (None, None)
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .collectives import Collectives, world_size
-from .functional import GroupStatistics, group_statistics, grouped_batch_norm
+from .functional import AllReduce, GroupStatistics, group_statistics, grouped_batch_norm
 from .partition import Groups, Partition, build_partition, check_choice
 from .renorm import RenormSchedule
 from .scope import Forwards, Scope, in_backward
@@ -42,6 +42,7 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
             training forwards; None for BN.
         scope: shared by the layers of a head, which then have the same groups; by default the layer
             has its own.
+        affine: whether the layer has affine parameters.
         eps: added to the variance.
         momentum: weight of the newest mini-batch in the running statistics; None for their
             cumulative average, as in ``nn.BatchNorm2d``.
@@ -67,10 +68,11 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
         inference: str = "population",
         renorm: RenormSchedule | None = None,
         scope: Scope[Groups] | None = None,
+        affine: bool = True,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
     ) -> None:
-        super().__init__(num_features, eps=eps, momentum=momentum)
+        super().__init__(num_features, eps=eps, momentum=momentum, affine=affine)
         self.partition = build_partition(partition) if isinstance(partition, str) else partition
         self.inference = check_choice("inference", inference, INFERENCE)
         self.renorm = renorm
@@ -84,21 +86,33 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
         self.name = name
         self._collectives = Collectives(name or f"PartitionedBatchNorm2d({self.num_features})")
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self.normalize(input, self.weight, self.bias)
+    def forward(
+        self, input: Tensor, *, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """
+        Args:
+            input: ``(N, C, H, W)``.
+            weight: ``(C,)``, the affine scale in place of the layer's own.
+            bias: ``(C,)``, the affine shift likewise.
 
-    def normalize(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """The forward with other affine parameters, ``(C,)`` each, than the layer's own."""
-        self._check_input_dim(x)
-        batch_norm = partial(self._batch_norm, x, weight, bias)
+        Returns:
+            The same shape and dtype.
+        """
+        self._check_input_dim(input)
+        weight = self.weight if weight is None else weight
+        bias = self.bias if bias is None else bias
         if not self.training:
             use_batch = self.inference == "batch"
             mean, var = (None, None) if use_batch else (self.running_mean, self.running_var)
-            return batch_norm(mean, var, use_batch, 0.0)
-        spans = self.partition.spans_workers and world_size() > 1
-        fused = self.partition.is_whole_batch and self.renorm is None and self.observer is None
-        if spans or not fused:
-            return self._grouped(x, weight, bias, spans)
+            return self._batch_norm(input, weight, bias, mean, var, use_batch, 0.0)
+        spans = self.spans_workers
+        fused = self.partition.is_whole_batch and self.renorm is None and not spans
+        if fused and self.observer is None:
+            return self._fused(input, weight, bias)
+        return self._grouped(input, weight, bias, fused)
+
+    def _fused(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        batch_norm = partial(self._batch_norm, x, weight, bias)
         if x.numel() < 2 * self.num_features:
             return batch_norm(None, None, True, 0.0)
         if in_backward():
@@ -110,17 +124,16 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
 
     @torch.compiler.disable
     def _grouped(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, spans: bool
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, fused: bool
     ) -> Tensor:
-        groups = _ONE_GROUP if self.partition.is_whole_batch else self.scope.get(self, x)
-        all_reduce = self._collectives.all_reduce if spans else None
+        groups, all_reduce = self.sharing(x)
         statistics = group_statistics(x, groups, all_reduce)
         correction = None if self.renorm is None else self._correction(x, statistics)
-        moves = self.observer is None or bool(self.observer(statistics, spans))
-        if moves and not in_backward():
-            self._update_running_statistics(statistics)
-        if weight is None:  # taken over from a layer with affine=False
-            weight, bias = torch.ones_like(self.running_var), torch.zeros_like(self.running_mean)
+        moves = self.observe(statistics)
+        if fused and moves:
+            return self._fused(x, weight, bias)  # the same bits as without an observer
+        if moves:
+            self.move_running_statistics(statistics)
         return grouped_batch_norm(
             x,
             weight,
@@ -131,6 +144,20 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
             all_reduce=all_reduce,
             correction=correction,
         )
+
+    @property
+    def spans_workers(self) -> bool:
+        """Whether the groups of training have rows of several workers."""
+        return self.partition.spans_workers and world_size() > 1
+
+    def sharing(self, x: Tensor) -> tuple[Groups, AllReduce | None]:
+        """The groups of the rows of ``x`` in training; the sum over workers, if they span them."""
+        groups = _ONE_GROUP if self.partition.is_whole_batch else self.scope.get(self, x)
+        return groups, self._collectives.all_reduce if self.spans_workers else None
+
+    def observe(self, statistics: GroupStatistics) -> bool:
+        """Show mini-batch statistics to the observer; whether the running ones are to move."""
+        return self.observer is None or bool(self.observer(statistics, self.spans_workers))
 
     @torch.no_grad()
     def _correction(self, x: Tensor, statistics: GroupStatistics) -> tuple[Tensor, Tensor]:
@@ -153,7 +180,10 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
         return correction
 
     @torch.no_grad()
-    def _update_running_statistics(self, statistics: GroupStatistics) -> None:
+    def move_running_statistics(self, statistics: GroupStatistics) -> None:
+        """Move the running statistics towards those of a mini-batch, once for each forward."""
+        if in_backward():
+            return
         # In tensors throughout: reading a number would wait for a GPU.
         count = statistics.count
         usable = (count > 1).double()
