@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,11 +11,11 @@ import matplotlib
 from tabulate import tabulate
 
 from ..data import LeakyShapesConfig, draw_image
+from .process import ROOT, TRAIN_NET, run_command
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "quickstart"
 VARIANTS = {"BN": "mask_rcnn_bn.yaml", "ShuffleBN": "mask_rcnn_shuffle.yaml"}
 MEANING = {
@@ -35,17 +32,6 @@ MEANING = {
     "it was trained with: nothing is gained.",
 }
 
-# What of train_net.py's output is shown while it runs.
-PROGRESS = (
-    (
-        r"eta: (?P<left>\S+) +iter: (?P<done>\d+) .*total_loss: (?P<loss>\S+)",
-        "iteration {done}, loss {loss}, time left {left}",
-    ),
-    (
-        r"Inference done (?P<done>\d+)/(?P<all>\d+).*ETA=(?P<left>\S+)",
-        "image {done} of {all}, time left {left}",
-    ),
-)
 AveragePrecisions = dict[str, dict[str, dict[str, float]]]
 
 
@@ -69,7 +55,7 @@ def run_demo(folder: Path, *, workers: int = 2, overrides: list[str] | None = No
     precisions: AveragePrecisions = {}
     for number, (name, config) in enumerate(VARIANTS.items()):
         output = folder / name
-        command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--resume"]
+        command = [sys.executable, str(TRAIN_NET), "--resume"]
         command += ["--config-file", str(CONFIGS / config), "--num-gpus", str(workers)]
         options = ["OUTPUT_DIR", str(output), *(overrides or [])]
         trained = output / "inference" / "results.json"
@@ -89,48 +75,11 @@ def run_demo(folder: Path, *, workers: int = 2, overrides: list[str] | None = No
 
 
 def _run(title: str, command: list[str], result: Path) -> None:
-    """Run a command, unless its result is there; show its progress and time left, and log it."""
+    """Run a command, unless its result is there."""
     if result.is_file():
         print(f"{title}: done before, see {result}", flush=True)
         return
-    print(title, flush=True)
-    log = result.parents[1] / f"console_{result.parent.name}.txt"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    show = _Progress()
-    with (
-        log.open("w") as file,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as process,
-    ):
-        for line in process.stdout:
-            file.write(line)
-            for pattern, shown in PROGRESS:
-                if match := re.search(pattern, line):
-                    show(shown.format(**match.groupdict()))
-    show.end()
-    if process.returncode:
-        tail = "".join(log.read_text().splitlines(keepends=True)[-30:])
-        raise RuntimeError(f"{title} failed ({process.returncode}); the end of {log}:\n{tail}")
-
-
-class _Progress:
-    """One line that changes on a terminal; elsewhere a line at most every 10 seconds."""
-
-    def __init__(self) -> None:
-        self._terminal = sys.stdout.isatty()
-        self._last = -math.inf
-
-    def __call__(self, text: str) -> None:
-        if self._terminal:
-            print(f"\r    {text}\033[K", end="", flush=True)
-        elif time.monotonic() - self._last >= 10:
-            print(f"    {text}", flush=True)
-            self._last = time.monotonic()
-
-    def end(self) -> None:
-        if self._terminal:
-            print()
+    run_command(title, command, result.parents[1] / f"console_{result.parent.name}.txt")
 
 
 def _read_ap(path: Path) -> dict[str, float]:
