@@ -20,6 +20,8 @@ $(STAMP): setup.py constraints.txt tools/install_detectron2.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	    --constraint constraints.txt setuptools --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    --constraint constraints.txt imagecorruptions-imaug
 	$(BIN)/python tools/install_detectron2.py
 	touch $@
 

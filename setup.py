@@ -20,7 +20,9 @@ setup(
     packages=find_packages(include=["bn_detection", "bn_detection.*"]),
     python_requires=">=3.10",
     # Detectron2 itself is not on the package index: tools/install_detectron2.py installs it. What
-    # it needs at run time is listed here, because that tool installs it without dependencies.
+    # it needs at run time is listed here, because that tool installs it without dependencies. So is
+    # what imagecorruptions-imaug needs: with its dependencies it brings opencv-python, which
+    # replaces the files of opencv-python-headless, and cannot be imported without libGL.
     install_requires=[
         "torch>=2.5",
         "torchvision>=0.20",
@@ -33,10 +35,13 @@ setup(
         "iopath>=0.1.7,<0.1.10",
         "omegaconf>=2.1,<2.4",
         "hydra-core>=1.1",
+        "numba>=0.57",
         "opencv-python-headless>=4.6",
         "cloudpickle",
         "packaging",
         "psutil",
+        "scikit-image>=0.20",
+        "scipy>=1.9",
         "shapely>=2.0",
         "tabulate",
         "tensorboard",

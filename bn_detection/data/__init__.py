@@ -2,6 +2,7 @@
 
 from .builtin import register_builtin
 from .coco_json import check_datasets, check_num_classes, register_coco_json
+from .corruptions import CORRUPTIONS, register_corrupted
 from .leaky_shapes import (
     LeakyShapesConfig,
     draw_image,
@@ -12,6 +13,7 @@ from .loaders import build_test_loader, build_train_loader
 from .unreadable import ReadableLoader, SkipUnreadable, read_unreadable, report_unreadable
 
 __all__ = [
+    "CORRUPTIONS",
     "LeakyShapesConfig",
     "ReadableLoader",
     "SkipUnreadable",
@@ -25,5 +27,6 @@ __all__ = [
     "read_unreadable",
     "register_builtin",
     "register_coco_json",
+    "register_corrupted",
     "report_unreadable",
 ]

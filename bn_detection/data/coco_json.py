@@ -163,11 +163,14 @@ def check_datasets(
 def _check_registered(key: str, name: str) -> None:
     if name in DatasetCatalog:
         return
+    raise ConfigError(f'{key}: there is no dataset "{name}". {near_names(name)}')
+
+
+def near_names(name: str) -> str:
+    """What to tell about a dataset name that is not registered."""
     near = difflib.get_close_matches(name, DatasetCatalog.keys(), n=5)
     hint = f"Registered names like it: {', '.join(near)}." if near else "No such name is known."
-    raise ConfigError(
-        f'{key}: there is no dataset "{name}". {hint} {_KEY} registers datasets in COCO\'s format.'
-    )
+    return f"{hint} {_KEY} registers datasets in COCO's format."
 
 
 def _check_files(key: str, name: str) -> None:

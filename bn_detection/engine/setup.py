@@ -21,7 +21,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..config import ConfigError, add_bn_detection_config
-from ..data import check_datasets, register_builtin, register_coco_json
+from ..data import check_datasets, register_builtin, register_coco_json, register_corrupted
 from .checks import check_config, last_checkpoint
 
 _VERSIONED = ("bn_detection", "detectron2", "torch", "torchvision", "fvcore", "numpy")
@@ -102,13 +102,18 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 
 def register_datasets(cfg: CfgNode) -> None:
-    """Register the datasets of DATASETS.COCO_JSON, and the embedded ones that ``cfg`` uses.
+    """Register the datasets of DATASETS.COCO_JSON, the embedded and corrupted ones of ``cfg``.
 
     Raises:
-        ConfigError: an entry is malformed, or its files are not there.
+        ConfigError: an entry is malformed, its files are not there, or a name that ends in
+            ``@corruption:severity`` means nothing.
     """
     register_coco_json(cfg.DATASETS.COCO_JSON)
-    register_builtin((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    register_builtin(names)
+    for name in names:
+        if "@" in name:
+            register_corrupted(name)
 
 
 def evaluation_folder(cfg: CfgNode, resume: bool) -> str:
