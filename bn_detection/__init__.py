@@ -6,8 +6,8 @@ arXiv:2105.07576). Importing it registers its components; ``add_bn_detection_con
 
 from . import heads, norm
 from .config import ConfigError, add_bn_detection_config
-from .heads import BNOptions, configure_model, convert_norm
-from .norm import PartitionedBatchNorm2d, set_inference, to_plain_batch_norm
+from .heads import BNOptions, configure_model, convert_norm, to_plain_batch_norm
+from .norm import PartitionedBatchNorm2d, set_inference
 
 __version__ = "0.1.0"
 

@@ -13,6 +13,7 @@ from reference import CHANNELS, assert_close, clock, samples
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bn_detection import to_plain_batch_norm
 from bn_detection.norm import (
     PartitionedBatchNorm2d,
     RenormSchedule,
@@ -21,7 +22,6 @@ from bn_detection.norm import (
     scope,
     set_clock,
     set_rows_per_image,
-    to_plain_batch_norm,
 )
 
 

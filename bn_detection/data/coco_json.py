@@ -25,6 +25,7 @@ _NUM_CLASSES_KEYS = {
     "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
     "PanopticFPN": "MODEL.ROI_HEADS.NUM_CLASSES",
     "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
+    "BNRetinaNet": "MODEL.RETINANET.NUM_CLASSES",
 }
 
 _PATH_METADATA = (
@@ -149,8 +150,7 @@ def check_datasets(
     train_names = list(train_names)
     for key, names in (("DATASETS.TRAIN", train_names), ("DATASETS.TEST", cfg.DATASETS.TEST)):
         for name in names:
-            _check_registered(key, name)
-            _check_files(key, name)
+            check_dataset_files(key, name)
     for name in cfg.DATASETS.TEST:
         if num_classes_key is None and cfg.MODEL.META_ARCHITECTURE not in _NUM_CLASSES_KEYS:
             continue
@@ -158,6 +158,20 @@ def check_datasets(
             DatasetCatalog.get(name)
     for name in (*train_names, *cfg.DATASETS.TEST):
         check_num_classes(cfg, name, num_classes_key)
+
+
+def check_dataset_files(key: str, name: str) -> None:
+    """Check that a dataset is registered, and that its files are there.
+
+    Args:
+        key: that holds the name, for messages.
+        name: of the dataset.
+
+    Raises:
+        ConfigError: it is not, or they are not.
+    """
+    _check_registered(key, name)
+    _check_files(key, name)
 
 
 def _check_registered(key: str, name: str) -> None:

@@ -9,11 +9,19 @@ from typing import NamedTuple
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import get_norm
+from detectron2.modeling import META_ARCH_REGISTRY
 
 from ..config import ConfigError
-from ..heads import SHUFFLE_MODES, BNOptions, norm_names
-from ..norm import INFERENCE, build_partition, check_choice, partition_names
-from ..population import ESTIMATORS
+from ..heads import (
+    SHUFFLE_MODES,
+    BNOptions,
+    BNRetinaNet,
+    NormFactory,
+    level_options,
+    norm_names,
+)
+from ..norm import INFERENCE, LevelOptions, build_partition, check_choice, partition_names
+from ..population import AFFINE, ESTIMATORS, ROIS
 
 
 class _Head(NamedTuple):
@@ -49,6 +57,35 @@ def check_config(cfg: CfgNode, *, num_workers: int, eval_only: bool, resume: boo
     if not eval_only:
         _check_training(cfg, num_workers, resume)
         _check_virtual_workers(cfg, num_workers)
+
+
+def check_recalibration(cfg: CfgNode, num_workers: int) -> None:
+    """Refuse a config whose population statistics cannot be estimated anew.
+
+    Args:
+        cfg: the config.
+        num_workers: of the whole job.
+
+    Raises:
+        ConfigError: names the key, its value, and what would be right.
+    """
+    check_config(cfg, num_workers=num_workers, eval_only=True, resume=False)
+    _check_virtual_workers(cfg, num_workers)
+    if not cfg.MODEL.WEIGHTS:
+        raise ConfigError('MODEL.WEIGHTS is "": give the checkpoint to recalibrate.')
+    node = cfg.BN.POPULATION
+    key = "BN.POPULATION.BATCH_SIZE" if node.BATCH_SIZE else "SOLVER.IMS_PER_BATCH"
+    batch_size = node.BATCH_SIZE or cfg.SOLVER.IMS_PER_BATCH
+    if batch_size % num_workers:
+        raise ConfigError(
+            f"{key} {batch_size} cannot be divided among {num_workers} workers; give "
+            f"BN.POPULATION.BATCH_SIZE a multiple of {num_workers}."
+        )
+    if node.ESTIMATOR == "fvcore" and num_workers > 1:
+        raise ConfigError(
+            f"BN.POPULATION.ESTIMATOR fvcore on {num_workers} workers: each would have statistics "
+            "of its own images. Run it on 1 worker, or set BN.POPULATION.ESTIMATOR pooled."
+        )
 
 
 def last_checkpoint(folder: str) -> str | None:
@@ -92,8 +129,10 @@ def _check_heads(cfg: CfgNode) -> None:
 
 
 def _stock_can(head: _Head, norm: str) -> bool:
-    if not head.stock_has_norm:
-        return norm == ""
+    return _stock_has(norm) if head.stock_has_norm else norm == ""
+
+
+def _stock_has(norm: str) -> bool:
     try:
         get_norm(norm, 32)
     except KeyError:
@@ -120,6 +159,8 @@ def _check_bn(cfg: CfgNode) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     _check_population(cfg)
+    _check_levels(cfg)
+    _check_freeze(cfg)
     for key, minimum in (("PERIOD", 0), ("CHANNELS", 1)):
         if node.TRACE[key] < minimum:
             raise ConfigError(f"BN.TRACE.{key} {node.TRACE[key]}: it must be at least {minimum}.")
@@ -136,6 +177,7 @@ def _check_bn(cfg: CfgNode) -> None:
 def _check_population(cfg: CfgNode) -> None:
     node = cfg.BN.POPULATION
     _check_choice("BN.POPULATION.ESTIMATOR", node.ESTIMATOR, ("ema", *ESTIMATORS, "fvcore"))
+    _check_choice("BN.POPULATION.ROIS", node.ROIS, ROIS)
     for key, minimum in (("NUM_SAMPLES", 1), ("BATCH_SIZE", 0), ("PERIOD", 0), ("TOLERANCE", 0)):
         if node[key] < minimum:
             raise ConfigError(f"BN.POPULATION.{key} {node[key]}: it must be at least {minimum}.")
@@ -144,6 +186,94 @@ def _check_population(cfg: CfgNode) -> None:
             f"BN.POPULATION.ESTIMATOR {node.ESTIMATOR} and TEST.PRECISE_BN.ENABLED True both "
             "replace the running statistics; set TEST.PRECISE_BN.ENABLED False."
         )
+    precise_bn = cfg.TEST.PRECISE_BN
+    if precise_bn.ENABLED and precise_bn.NUM_ITER < 1:
+        raise ConfigError(f"TEST.PRECISE_BN.NUM_ITER {precise_bn.NUM_ITER}: it must be at least 1.")
+    if node.ESTIMATOR == "fvcore" or precise_bn.ENABLED:
+        plain = {"TOLERANCE": 0, "ROIS": "training", "RESTORE_EMA": False}
+        for key, value in plain.items():
+            if node[key] != value:
+                raise ConfigError(
+                    f"BN.POPULATION.{key} {node[key]}: Detectron2's PreciseBN (ESTIMATOR fvcore, "
+                    "TEST.PRECISE_BN.ENABLED True) knows nothing of it; set "
+                    'BN.POPULATION.ESTIMATOR "pooled".'
+                )
+
+
+def _check_levels(cfg: CfgNode) -> None:
+    arch, norm = cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.RETINANET.NORM
+    try:
+        levels = level_options(cfg)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if arch in META_ARCH_REGISTRY and _is_ours(META_ARCH_REGISTRY.get(arch)):
+        try:
+            NormFactory(norm, BNOptions.from_config(cfg)).of_levels(32, 2, levels)
+        except ValueError as error:
+            raise ConfigError(f'MODEL.RETINANET.NORM "{norm}": {error}') from error
+        by_fvcore = cfg.BN.POPULATION.ESTIMATOR == "fvcore" or cfg.TEST.PRECISE_BN.ENABLED
+        if by_fvcore and levels.train != levels.population:
+            raise ConfigError(
+                "Detectron2's PreciseBN (BN.POPULATION.ESTIMATOR fvcore, TEST.PRECISE_BN.ENABLED "
+                f'True) cannot tell the levels apart when BN.LEVELS.TRAIN is "{levels.train}" and '
+                f'BN.LEVELS.POPULATION "{levels.population}"; set BN.POPULATION.ESTIMATOR "pooled".'
+            )
+        return
+    for key, value in vars(LevelOptions()).items():
+        if getattr(levels, key) != value:
+            raise ConfigError(
+                f'BN.LEVELS.{key.upper()} is "{getattr(levels, key)}", which '
+                f'MODEL.META_ARCHITECTURE "{arch}" does not know; "BNRetinaNet" does.'
+            )
+    if arch == "RetinaNet":
+        on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
+        if not _stock_has(norm) or (norm == "SyncBN" and on_cpu):
+            where = " on a CPU" if _stock_has(norm) else ""
+            raise ConfigError(
+                f'MODEL.RETINANET.NORM is "{norm}", which MODEL.META_ARCHITECTURE "RetinaNet" does '
+                f'not have{where}; set MODEL.META_ARCHITECTURE "BNRetinaNet".'
+            )
+
+
+def _is_ours(arch: object) -> bool:
+    return isinstance(arch, type) and issubclass(arch, BNRetinaNet)
+
+
+def _check_freeze(cfg: CfgNode) -> None:
+    node = cfg.BN.FREEZE
+    _check_choice("BN.FREEZE.STATISTICS", node.STATISTICS, ("ema", "precise"))
+    _check_choice("BN.FREEZE.AFFINE", node.AFFINE, AFFINE)
+    first_frozen_iteration(cfg)
+    if node.STATISTICS == "precise" and cfg.BN.POPULATION.ESTIMATOR == "fvcore":
+        raise ConfigError(
+            "BN.FREEZE.STATISTICS precise: an estimate by BN.POPULATION.ESTIMATOR fvcore differs "
+            'between workers, which would then train with different layers; set it to "pooled".'
+        )
+
+
+def first_frozen_iteration(cfg: CfgNode) -> int | None:
+    """The iteration, from 0, at which BN.FREEZE freezes its layers; None for never.
+
+    Args:
+        cfg: the config.
+
+    Raises:
+        ConfigError: BN.FREEZE.LAST_ITERS is no part of the training.
+    """
+    last, max_iter = cfg.BN.FREEZE.LAST_ITERS, cfg.SOLVER.MAX_ITER
+    if last is None:
+        return None
+    iterations = last
+    if isinstance(last, float) and 0 < last < 1:
+        iterations = round(last * max_iter)
+    is_number = isinstance(iterations, int) and not isinstance(iterations, bool)
+    if not is_number or not 1 <= iterations <= max_iter:
+        raise ConfigError(
+            f"BN.FREEZE.LAST_ITERS {last}: it must be a whole number from 1 to SOLVER.MAX_ITER "
+            f"{max_iter}, a fraction of it between 0 and 1 that is an iteration or more, or None "
+            "for never."
+        )
+    return max_iter - iterations
 
 
 def _check_virtual_workers(cfg: CfgNode, num_workers: int) -> None:

@@ -1,8 +1,9 @@
 """Components registered with Detectron2: importing this package registers them."""
 
-from .backbone import SmallConvBackbone
+from .backbone import SmallConvBackbone, SmallPyramidBackbone
 from .configure import configure_model
-from .convert import convert_norm
+from .convert import convert_norm, to_plain_batch_norm
+from .dense import BNFCOSHead, BNRetinaNet, BNRetinaNetHead, level_options
 from .norms import SHUFFLE_MODES, BNOptions, NormFactory, norm_names
 from .roi_heads import BNConvDeconvKeypointHead, BNConvFCHead, BNConvUpsampleHead
 
@@ -11,10 +12,16 @@ __all__ = [
     "BNConvDeconvKeypointHead",
     "BNConvFCHead",
     "BNConvUpsampleHead",
+    "BNFCOSHead",
     "BNOptions",
+    "BNRetinaNet",
+    "BNRetinaNetHead",
     "NormFactory",
     "SmallConvBackbone",
+    "SmallPyramidBackbone",
     "configure_model",
     "convert_norm",
+    "level_options",
     "norm_names",
+    "to_plain_batch_norm",
 ]

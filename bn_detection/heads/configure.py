@@ -6,7 +6,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from ..config import ConfigError
-from ..norm import PartitionedBatchNorm2d, set_inference
+from ..norm import LevelBatchNorm2d, PartitionedBatchNorm2d, set_inference
 from .convert import announce_images, convert_norm
 from .norms import BNOptions
 from .roi_heads import PartitionedHead
@@ -30,7 +30,7 @@ def configure_model(cfg: CfgNode, model: nn.Module) -> nn.Module:
             is in ``BN.MODULES``; ``BN.VIRTUAL_LOSSES`` without ROI heads.
     """
     for name, module in model.named_modules():
-        if isinstance(module, PartitionedBatchNorm2d):
+        if isinstance(module, PartitionedBatchNorm2d | LevelBatchNorm2d):
             module.rename(name)
         elif isinstance(module, PartitionedHead):
             for scope in (module.bn_scope, module.shuffle):

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from detectron2.layers import FrozenBatchNorm2d
+from detectron2.layers import CycleBatchNormList, FrozenBatchNorm2d
 from detectron2.modeling import Backbone, ROIHeads
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Instances
@@ -14,6 +14,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d as TorchvisionFrozenBatchNorm2d
 
 from ..norm import (
+    LevelBatchNorm2d,
     PartitionedBatchNorm2d,
     Scope,
     matches,
@@ -86,7 +87,9 @@ def convert_norm(
             parts.append((name, module, factory))
             converted += [layer_name for layer_name, _ in layers]
             first_names = {layer: layer_name for layer_name, layer in reversed(layers)}
-            new.update({layer: _convert(at, layer, factory) for layer, at in first_names.items()})
+            for layer, at in first_names.items():
+                new[layer] = _convert(at, layer, factory)
+                _check_levels(model, at, new[layer])
         if not found:
             raise ValueError(_matches_nothing(model, glob, norm))
     previous = _scopes(model)
@@ -104,6 +107,55 @@ def convert_norm(
     converted = list(dict.fromkeys(converted))
     logger.info("Converted %d layers to %s: %s", len(converted), norm or '""', ", ".join(converted))
     return converted
+
+
+def to_plain_batch_norm(model: nn.Module) -> nn.Module:
+    """Replace this project's BN layers by those of torch and Detectron2, in place.
+
+    A :class:`PartitionedBatchNorm2d` becomes an ``nn.BatchNorm2d``; a :class:`LevelBatchNorm2d`
+    becomes a ``CycleBatchNormList``, and statistics that its levels share are copied to each. The
+    parameters and buffers are otherwise the same objects, so optimizers stay valid; the hooks of
+    shared groups and RoI shuffling are removed. The model can then be exported, traced, and loaded
+    without this package. In training it is BN per worker (and level); at inference it uses the
+    population statistics.
+
+    Args:
+        model: the model to change.
+
+    Returns:
+        The model, or the new layer if the model is one.
+
+    Raises:
+        ValueError: levels have affine parameters of their own; names the layer. Nothing is changed.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, LevelBatchNorm2d) and module.options.affine == "separate":
+            raise ValueError(
+                f'{name or "the layer"}: BN.LEVELS.AFFINE "separate" has no form in Detectron2, '
+                "where all levels of a CycleBatchNormList have the same affine parameters."
+            )
+    for module in model.modules():
+        for key, value in list(vars(module).items()):
+            if isinstance(value, Scope):
+                value.detach()
+                if not isinstance(module, PartitionedBatchNorm2d):
+                    setattr(module, key, None)
+    return replace_layers(model, lambda _, layer: _plain(layer))
+
+
+def _plain(layer: nn.Module) -> nn.Module | None:
+    if isinstance(layer, PartitionedBatchNorm2d):
+        return take_tensors(nn.BatchNorm2d(layer.num_features), layer)
+    if not isinstance(layer, LevelBatchNorm2d):
+        return None
+    plain = CycleBatchNormList(layer.num_levels, num_features=layer[0].num_features)
+    plain.weight, plain.bias = layer.weight, layer.bias
+    for level, item in enumerate(plain):
+        take_tensors(item, layer[level % len(layer)])
+        if level >= len(layer):
+            item._buffers = {key: value.clone() for key, value in item._buffers.items()}
+    plain.training = layer.training
+    return plain
 
 
 def announce_images(model: nn.Module, name: str, scope: Scope[Any]) -> None:
@@ -205,6 +257,17 @@ def _convert(name: str, old: nn.Module, factory: NormFactory) -> nn.Module:
     if isinstance(old, (*_BATCH_NORMS, *_FROZEN)) and hasattr(new, "running_var"):
         new.eps = old.eps
     return new.train(old.training)
+
+
+def _check_levels(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Refuse a layer that cannot be one of a list of levels."""
+    parent, _, _ = name.rpartition(".")
+    levels = model.get_submodule(parent)
+    if isinstance(levels, LevelBatchNorm2d):
+        try:
+            levels.check(new)
+        except ValueError as error:
+            raise ValueError(f"{parent}: {error}") from error
 
 
 def _num_channels(layer: nn.Module) -> int:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ..norm import (
     Groups,
+    LevelBatchNorm2d,
+    LevelOptions,
     PartitionedBatchNorm2d,
     RenormSchedule,
     Scope,
@@ -151,14 +153,36 @@ class NormFactory:
                 "LN": lambda: ChannelLayerNorm(channels),
             }
             return others.get(self.norm, lambda: get_norm(self.norm, channels))()
-        return PartitionedBatchNorm2d(
-            channels,
-            partition=self._partition,
-            renorm=self.options.renorm if self.norm == "BatchRenorm" else None,
-            scope=self.scope,
-            eps=self.options.eps,
-            momentum=self.options.momentum,
-        )
+        return PartitionedBatchNorm2d(channels, **self._layer_arguments())
+
+    def of_levels(self, channels: int, num_levels: int, options: LevelOptions) -> nn.Module:
+        """A layer for lists of feature levels; without batch statistics, one for any level.
+
+        Args:
+            channels: C of every level.
+            num_levels: length of the lists.
+            options: what the levels share.
+
+        Raises:
+            ValueError: a combination that cannot be.
+        """
+        if self.shuffle is not None:
+            raise ValueError(
+                "BN.SHUFFLE.MODE features moves RoIs between workers, and levels have none; "
+                "set BN.SHUFFLE.MODE statistics."
+            )
+        if self._partition is None:
+            return self(channels)
+        return LevelBatchNorm2d(channels, num_levels, options, **self._layer_arguments())
+
+    def _layer_arguments(self) -> dict[str, Any]:
+        return {
+            "partition": self._partition,
+            "renorm": self.options.renorm if self.norm == "BatchRenorm" else None,
+            "scope": self.scope,
+            "eps": self.options.eps,
+            "momentum": self.options.momentum,
+        }
 
 
 class InstanceNorm2d(nn.InstanceNorm2d):

@@ -1,7 +1,7 @@
 """The one normalization layer, its partitions and collectives. Knows torch alone."""
 
 from .collectives import Collectives, world_size
-from .convert import matches, replace_layers, set_inference, take_tensors, to_plain_batch_norm
+from .convert import matches, replace_layers, set_inference, take_tensors
 from .functional import GroupStatistics, group_statistics, grouped_batch_norm
 from .layer import INFERENCE, PartitionedBatchNorm2d
 from .levels import LevelBatchNorm2d, LevelOptions
@@ -51,7 +51,6 @@ __all__ = [
     "set_rows_per_image",
     "shuffled_groups",
     "take_tensors",
-    "to_plain_batch_norm",
     "virtual_share",
     "world_size",
 ]

@@ -9,7 +9,6 @@ from torch import nn
 
 from .layer import INFERENCE, PartitionedBatchNorm2d
 from .partition import check_choice
-from .scope import Scope
 
 
 def matches(name: str, globs: Iterable[str]) -> bool:
@@ -57,31 +56,6 @@ def set_inference(model: nn.Module, mode: str, modules: Sequence[str]) -> list[s
     return changed
 
 
-def to_plain_batch_norm(model: nn.Module) -> nn.Module:
-    """Replace every :class:`PartitionedBatchNorm2d` by a plain ``nn.BatchNorm2d``, in place.
-
-    The parameters and buffers are the same objects, so optimizers stay valid; the hooks of shared
-    groups and RoI shuffling are removed. The model can then be exported, traced, and loaded
-    without this package. In training it is BN per worker; at inference it uses the population
-    statistics.
-
-    Args:
-        model: the model to change.
-
-    Returns:
-        The model, or the new layer if the model is one.
-    """
-    for module in model.modules():
-        for key, value in list(vars(module).items()):
-            if isinstance(value, Scope):
-                value.detach()
-                if not isinstance(module, PartitionedBatchNorm2d):
-                    setattr(module, key, None)
-    return replace_layers(
-        model, lambda _, layer: _plain(layer) if isinstance(layer, PartitionedBatchNorm2d) else None
-    )
-
-
 def replace_layers(
     model: nn.Module, replacement: Callable[[str, nn.Module], nn.Module | None]
 ) -> nn.Module:
@@ -114,7 +88,3 @@ def take_tensors(layer: nn.Module, source: nn.Module) -> nn.Module:
     layer.affine = source.affine
     layer.eps, layer.momentum = source.eps, source.momentum
     return layer.train(source.training)
-
-
-def _plain(source: PartitionedBatchNorm2d) -> nn.BatchNorm2d:
-    return take_tensors(nn.BatchNorm2d(source.num_features), source)

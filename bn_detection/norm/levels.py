@@ -112,15 +112,15 @@ class LevelBatchNorm2d(nn.ModuleList):
         """
         if not isinstance(layer, PartitionedBatchNorm2d):
             raise ValueError(
-                f"a {type(layer).__name__} cannot normalize levels as BN.LEVELS says; build the "
-                "head with that NORM instead"
+                f"a {type(layer).__name__} does not normalize levels as BN.LEVELS says; build the "
+                "head with that NORM instead."
             )
         options = self.options
         if layer.renorm is not None and options.train != options.population:
             raise ValueError(
                 "BatchRenorm corrects the statistics of a mini-batch towards those of its "
-                f'population, and BN.LEVELS.TRAIN is "{options.train}" where BN.LEVELS.POPULATION '
-                f'is "{options.population}"; set both alike'
+                f'population, but BN.LEVELS.TRAIN is "{options.train}" and BN.LEVELS.POPULATION '
+                f'"{options.population}"; set both alike.'
             )
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
