@@ -9,11 +9,12 @@ import math
 import os
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
@@ -31,8 +32,18 @@ from torch.nn.parallel import DistributedDataParallel
 from ..config import ConfigError
 from ..data import build_test_loader, build_train_loader, report_unreadable
 from ..heads import configure_model
-from ..population import AverageStatistics, PreciseStatistics, TraceStatistics
+from ..population import (
+    AverageStatistics,
+    FreezeStatistics,
+    PreciseStatistics,
+    TraceStatistics,
+    apply_statistics,
+    batch_norms_in_training,
+    describe_batch_norms,
+    estimate_statistics,
+)
 from .checkpoint import AtomicCheckpointer
+from .checks import first_frozen_iteration
 from .evaluation import build_evaluator
 from .setup import evaluation_folder
 
@@ -89,12 +100,16 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> list[HookBase | None]:
         built = super().build_hooks()
-        uses = hooks.PeriodicCheckpointer | hooks.EvalHook
+        # PreciseBN too: it replaces running statistics, and averaging its result is not upstream's.
+        uses = hooks.PreciseBN | hooks.PeriodicCheckpointer | hooks.EvalHook
         first_use = next(i for i, hook in enumerate(built) if isinstance(hook, uses))
         periods = (self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD)
-        built.insert(first_use, AverageStatistics(self.model, periods))
+        statistics = [AverageStatistics(self.model, periods)]
         if self.cfg.BN.POPULATION.ESTIMATOR != "ema":
-            built.insert(first_use + 1, self._build_population_hook())
+            statistics.append(self._build_population_hook())
+        if self.cfg.BN.FREEZE.LAST_ITERS is not None:
+            statistics.append(self._build_freeze_hook())
+        built[first_use:first_use] = statistics
         if self.cfg.BN.TRACE.PERIOD > 0:
             built.insert(0, self._build_trace_hook(built))
         return built
@@ -118,24 +133,86 @@ class Trainer(DefaultTrainer):
         return trace
 
     def _build_population_hook(self) -> HookBase:
-        cfg = self.cfg.clone()
-        cfg.defrost()
-        node = cfg.BN.POPULATION
-        cfg.SOLVER.IMS_PER_BATCH = node.BATCH_SIZE or cfg.SOLVER.IMS_PER_BATCH
-        cfg.DATALOADER.NUM_WORKERS = 0  # the loader lives beside that of the training
-        num_batches = math.ceil(node.NUM_SAMPLES / cfg.SOLVER.IMS_PER_BATCH)
-        period = node.PERIOD or cfg.TEST.EVAL_PERIOD
-        if node.ESTIMATOR == "fvcore":
+        node = self.cfg.BN.POPULATION
+        is_fvcore = node.ESTIMATOR == "fvcore"
+        modules = ["*"] if is_fvcore else self.cfg.BN.MODULES
+        model = self._model_itself()
+        chosen = batch_norms_in_training(model, modules)
+        if not chosen:
+            raise ConfigError(
+                f"BN.POPULATION.ESTIMATOR {node.ESTIMATOR}: no BN layer in training mode matches "
+                f"BN.MODULES {list(modules)}, so there are no statistics to estimate. "
+                f"{describe_batch_norms(model)}"
+            )
+        others = [name for name in batch_norms_in_training(model, ["*"]) if name not in chosen]
+        if others:
+            logger.info(
+                "%d BN layers outside BN.MODULES %s keep their running averages, such as %s.",
+                *(len(others), list(modules), others[0]),
+            )
+        period = node.PERIOD or self.cfg.TEST.EVAL_PERIOD
+        if is_fvcore:
+            cfg, num_batches = self._population_source()
             return hooks.PreciseBN(period, self.model, self.build_train_loader(cfg), num_batches)
         return PreciseStatistics(
-            self.model,
-            # The same images each time, so that estimates differ by the model alone.
-            lambda: build_train_loader(cfg, seed=max(cfg.SEED, 0)),
-            num_batches,
+            model,
+            *self._population_batches(),
             periods=(period,),
-            estimator=node.ESTIMATOR,
-            tolerance=node.TOLERANCE,
+            modules=modules,
+            restore_ema=node.RESTORE_EMA,
+            **self._population_options(),
         )
+
+    def _build_freeze_hook(self) -> HookBase:
+        node = self.cfg.BN.FREEZE
+        key = "BN.FREEZE.MODULES" if node.MODULES else "BN.MODULES"
+        model = self._model_itself()
+
+        def estimate(layers: list[str]) -> None:
+            options = self._population_options()
+            statistics = estimate_statistics(
+                model, *self._population_batches(), modules=layers, **options
+            )
+            apply_statistics(model, statistics)
+
+        try:
+            return FreezeStatistics(
+                model,
+                first_frozen_iteration(self.cfg),
+                node.MODULES or self.cfg.BN.MODULES,
+                precise=estimate if node.STATISTICS == "precise" else None,
+                fixed=self._trainer.optimizer if node.AFFINE == "fixed" else None,
+            )
+        except ValueError as error:
+            raise ConfigError(
+                f"BN.FREEZE.LAST_ITERS {node.LAST_ITERS}: {key} {error} "
+                f"{describe_batch_norms(model)}"
+            ) from error
+
+    def _model_itself(self) -> nn.Module:
+        is_ddp = isinstance(self.model, DistributedDataParallel)
+        return self.model.module if is_ddp else self.model
+
+    def _population_source(self) -> tuple[CfgNode, int]:
+        """The config of the loader for estimates, and the number of batches of each worker."""
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.SOLVER.IMS_PER_BATCH = cfg.BN.POPULATION.BATCH_SIZE or cfg.SOLVER.IMS_PER_BATCH
+        cfg.DATALOADER.NUM_WORKERS = 0  # the loader lives beside that of the training
+        return cfg, math.ceil(cfg.BN.POPULATION.NUM_SAMPLES / cfg.SOLVER.IMS_PER_BATCH)
+
+    def _population_batches(self) -> tuple[Callable[[], Iterable[list[dict[str, Any]]]], int]:
+        cfg, num_batches = self._population_source()
+        # Inference sees images as its own mapper makes them.
+        at_inference = cfg.BN.POPULATION.ROIS == "inference"
+        mapper = DatasetMapper(cfg, False) if at_inference else None
+        # The same images each time, so that estimates differ by the model alone.
+        return lambda: build_train_loader(cfg, mapper, seed=max(cfg.SEED, 0)), num_batches
+
+    def _population_options(self) -> dict[str, Any]:
+        node = self.cfg.BN.POPULATION
+        estimator = "pooled" if node.ESTIMATOR == "ema" else node.ESTIMATOR
+        return {"estimator": estimator, "tolerance": node.TOLERANCE, "rois": node.ROIS}
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:

@@ -1,29 +1,38 @@
 """The statistics that inference uses: how they are estimated, and are the same on all workers."""
 
 from .average import AverageStatistics, average_running_statistics
+from .change import StatisticsChange, statistics_change
 from .collect import (
     ESTIMATORS,
+    ROIS,
     PopulationStatistics,
     apply_statistics,
     batch_norms_in_training,
     collect_statistics,
 )
-from .hook import PreciseStatistics
+from .freeze import AFFINE, FreezeStatistics
+from .hook import PreciseStatistics, estimate_statistics
 from .layers import describe_batch_norms
 from .trace import TraceStatistics, read_trace
 from .untouched import untouched
 
 __all__ = [
+    "AFFINE",
     "ESTIMATORS",
+    "ROIS",
     "AverageStatistics",
+    "FreezeStatistics",
     "PopulationStatistics",
     "PreciseStatistics",
+    "StatisticsChange",
     "TraceStatistics",
     "apply_statistics",
     "average_running_statistics",
     "batch_norms_in_training",
     "collect_statistics",
     "describe_batch_norms",
+    "estimate_statistics",
     "read_trace",
+    "statistics_change",
     "untouched",
 ]

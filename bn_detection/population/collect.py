@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -30,7 +30,7 @@ from ..norm import (
     normalizes_in_training,
     world_size,
 )
-from .untouched import untouched
+from .untouched import counters_of, set_counters, untouched
 
 logger = logging.getLogger(__name__)
 
@@ -237,6 +237,7 @@ class _Collector:
         self._batch: dict[str, Tensor] = {}
         self._calls: list[str] = []
         self._all_calls: list[str] | None = None
+        self._counters: dict[nn.Module, dict[str, float]] = {}
         self._parts: list[Tensor] = []
         self._pending: list[Tensor] = []
         self._batches_a_part = 1
@@ -245,6 +246,11 @@ class _Collector:
     @contextmanager
     def observing(self) -> Iterator[None]:
         """Let the layers report the statistics of their groups; their own do not move."""
+        previous = {
+            layer: layer.observer
+            for layer in self._layers.values()
+            if isinstance(layer, PartitionedBatchNorm2d)
+        }
         try:
             for name, layer in self._layers.items():
                 observe = partial(self._observe, name)
@@ -258,7 +264,7 @@ class _Collector:
         finally:
             for layer in self._layers.values():
                 if isinstance(layer, PartitionedBatchNorm2d):
-                    layer.observer = None
+                    layer.observer = previous[layer]
                 else:
                     vars(layer).pop("forward", None)
 
@@ -278,10 +284,14 @@ class _Collector:
     def run(self, model: nn.Module, batch: Any) -> None:
         """One forward pass; once all layers were called, no further than the last of them."""
         self._batch, self._calls = {}, []
-        with suppress(_Enough):
+        try:
             model(batch)
+        except _Enough:
+            # Those that count calls, as CycleBatchNormList does, have not come to an end.
+            set_counters(self._counters)
         if self._all_calls is None and len(self._batch) == len(self._layers):
             self._all_calls = self._calls
+            self._counters = counters_of(model)
         for name, layer in self._layers.items():
             if name not in self._batch:  # it was not called
                 self._batch[name] = layer.running_mean.double().new_zeros(6, layer.num_features)

@@ -24,10 +24,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     generators = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    attributes = {
-        module: {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float)}
-        for module in model.modules()
-    }
+    counters = counters_of(model)
     try:
         yield
     finally:
@@ -39,5 +36,18 @@ def untouched(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
-        for module, values in attributes.items():
-            vars(module).update(values)
+        set_counters(counters)
+
+
+def counters_of(model: nn.Module) -> dict[nn.Module, dict[str, float]]:
+    """The numbers that modules keep as attributes, modes included."""
+    return {
+        module: {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float)}
+        for module in model.modules()
+    }
+
+
+def set_counters(counters: dict[nn.Module, dict[str, float]]) -> None:
+    """Give modules back the numbers of :func:`counters_of`."""
+    for module, values in counters.items():
+        vars(module).update(values)
