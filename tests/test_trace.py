@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,7 @@ from bn_detection import ConfigError
 from bn_detection.data import make_leaky_shapes
 from bn_detection.norm import PartitionedBatchNorm2d
 from bn_detection.population import TraceStatistics, collect_statistics
+from bn_detection.study.trace_figure import draw_trace
 
 SIZES = [[5, 2, 0, 1], [3, 4, 6, 2]]  # by worker and iteration
 LAYER = "roi_heads.box_head.conv2.norm"
@@ -220,3 +222,40 @@ def test_modules_that_match_no_layer_are_refused(data: Path, tmp_path: Path) -> 
         trainer(data, tmp_path, "bn", *options)
     with pytest.raises(ConfigError, match=r"BN\.TRACE\.PERIOD.*BN\.MODULES.*has no BN layer"):
         trainer(data, tmp_path, "gn", "BN.TRACE.PERIOD", 1)
+
+
+def test_figure_shows_the_three_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, xs = nn.Sequential(*(nn.BatchNorm2d(CHANNELS) for _ in range(3))), samples([0, 4, 4])
+    xs[0] = torch.zeros(1, CHANNELS, 1, 2)
+    toy = Toy(model, xs, tmp_path, period=1, channels=2)
+    toy.train(0, 3)
+    toy.trace.record_population(2, collect_statistics(model, xs, 3))
+    lines: dict[str, list[Any]] = {}
+    close = plt.close
+
+    def look(figure: Any) -> None:
+        for panel in (panel for part in figure.subfigs for panel in part.axes):
+            drawn = [tuple(line.get_xydata().ravel().tolist()) for line in panel.lines]
+            lines[f"{panel.figure.get_suptitle()} {panel.get_title()}"] = drawn
+        close(figure)
+
+    monkeypatch.setattr(plt, "close", look)
+    paths = draw_trace(tmp_path, ["0", "2"])
+    assert [path.name for path in paths] == ["bn_trace.png", "bn_trace.svg"]
+    assert all(path.stat().st_size > 5000 for path in paths)
+    assert len(lines) == 2 * 2 * 2
+    found = [r for r in records(tmp_path) if (r["layer"], r["channel"]) == ("2", 2)]
+    for name, moment in (("mean", "mean"), ("variance", "var")):
+        batch, ema, population = lines[f"2 channel 2: {name}"]
+        for drawn, kind in ((batch, "batch"), (ema, "ema"), (population, "population")):
+            key = f"{kind}_{moment}"
+            assert drawn == tuple(v for r in found if key in r for v in (r["iteration"], r[key]))
+
+
+def test_figure_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"bn_trace\.jsonl does not exist: .*BN\.TRACE\.PERIOD"):
+        draw_trace(tmp_path)
+    x = samples([4])
+    Toy(nn.Sequential(nn.BatchNorm2d(CHANNELS)), x, tmp_path, period=1, channels=1).train(0, 1)
+    with pytest.raises(ConfigError, match=r"--layer head\.\* matches no layer .* has 0\."):
+        draw_trace(tmp_path, ["head.*"])

@@ -1,8 +1,14 @@
 """Datasets: the generator of LeakyShapes, COCO-format files from a config, and loaders."""
 
 from .builtin import register_builtin
-from .coco_json import check_datasets, check_num_classes, register_coco_json
+from .coco_json import (
+    check_dataset_files,
+    check_datasets,
+    check_num_classes,
+    register_coco_json,
+)
 from .corruptions import CORRUPTIONS, register_corrupted
+from .image_folder import IMAGE_SUFFIXES, register_image_folder
 from .leaky_shapes import (
     LeakyShapesConfig,
     draw_image,
@@ -10,15 +16,19 @@ from .leaky_shapes import (
     make_leaky_shapes,
 )
 from .loaders import build_test_loader, build_train_loader
+from .single_pass import SinglePassLoader
 from .unreadable import ReadableLoader, SkipUnreadable, read_unreadable, report_unreadable
 
 __all__ = [
     "CORRUPTIONS",
+    "IMAGE_SUFFIXES",
     "LeakyShapesConfig",
     "ReadableLoader",
+    "SinglePassLoader",
     "SkipUnreadable",
     "build_test_loader",
     "build_train_loader",
+    "check_dataset_files",
     "check_datasets",
     "check_num_classes",
     "draw_image",
@@ -28,5 +38,6 @@ __all__ = [
     "register_builtin",
     "register_coco_json",
     "register_corrupted",
+    "register_image_folder",
     "report_unreadable",
 ]

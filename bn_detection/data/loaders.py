@@ -37,14 +37,7 @@ def build_train_loader(
         ConfigError: a dataset's number of classes is not the model's. Iterating raises ConfigError
             if no image can be read.
     """
-    dicts = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=(
-            cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-        ),
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
+    dicts = load_training_dicts(cfg, labels=True)
     for name in cfg.DATASETS.TRAIN:
         check_num_classes(cfg, name)
     skipping = SkipUnreadable(
@@ -55,6 +48,23 @@ def build_train_loader(
     )
     sampler = {} if seed is None else {"sampler": TrainingSampler(len(dicts), seed=seed)}
     return build_detection_train_loader(cfg, mapper=skipping, dataset=dicts, **sampler)
+
+
+def load_training_dicts(cfg: CfgNode, *, labels: bool) -> list[dict[str, Any]]:
+    """The dataset dicts of DATASETS.TRAIN.
+
+    Args:
+        cfg: the config.
+        labels: whether images without the annotations that training needs are left out.
+    """
+    loads_proposals, keypoints = cfg.MODEL.LOAD_PROPOSALS, cfg.MODEL.ROI_KEYPOINT_HEAD
+    needs_keypoints = labels and cfg.MODEL.KEYPOINT_ON
+    return get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=labels and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=keypoints.MIN_KEYPOINTS_PER_IMAGE if needs_keypoints else 0,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if loads_proposals else None,
+    )
 
 
 def build_test_loader(

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 from ..config import ConfigError
+
+
+def save_atomically(data: Any, path: str) -> None:
+    """``torch.save``; an interrupted one leaves ``path`` as it was."""
+    unfinished = f"{path}.partial"
+    try:
+        torch.save(data, unfinished)
+        os.replace(unfinished, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(unfinished)
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
@@ -23,8 +35,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         data.update(kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
-        torch.save(data, f"{path}.partial")
-        os.replace(f"{path}.partial", path)
+        save_atomically(data, path)
         self.tag_last_checkpoint(f"{name}.pth")
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -35,6 +46,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """
         try:
             return super().load(path, *args, **kwargs)
+        except ConfigError as error:
+            raise ConfigError(f"MODEL.WEIGHTS {path}: {error}") from error
         except Exception as error:
             raise ConfigError(
                 f"MODEL.WEIGHTS (or the checkpoint to resume) {path} cannot be read: {error}"

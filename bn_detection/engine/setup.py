@@ -81,15 +81,29 @@ def setup(args: argparse.Namespace) -> CfgNode:
     :func:`evaluation_folder` for an evaluation, whose config would replace that of the training.
     """
     cfg = load_config(args)
+    folder = evaluation_folder(cfg, args.resume) if args.eval_only else cfg.OUTPUT_DIR
+    return begin(cfg, args, folder)
+
+
+def begin(cfg: CfgNode, args: argparse.Namespace, folder: str) -> CfgNode:
+    """Set up the loggers, seeds and datasets of a job, in a worker.
+
+    Args:
+        cfg: the config; it is frozen.
+        args: of :func:`bn_detection.engine.argument_parser`.
+        folder: for the config, the versions and the log.
+
+    Returns:
+        ``cfg``, with MODEL.DEVICE "cpu" where there is no GPU.
+    """
     device = cfg.MODEL.DEVICE
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     cfg.freeze()
     shown = cfg.clone()
-    if args.eval_only:
-        shown.defrost()
-        shown.OUTPUT_DIR = evaluation_folder(cfg, args.resume)
-        shown.freeze()
+    shown.defrost()
+    shown.OUTPUT_DIR = folder
+    shown.freeze()
     setup_logger(shown.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="bn_detection")
     default_setup(shown, args)
     logger = logging.getLogger(__name__)
@@ -126,7 +140,8 @@ def evaluation_folder(cfg: CfgNode, resume: bool) -> str:
     return os.path.join(cfg.OUTPUT_DIR, f"eval_{stem}_{cfg.BN.INFERENCE}")
 
 
-def _write_versions(path: Path) -> None:
+def installed_versions() -> dict[str, str]:
+    """The versions of Python, this package and those that it computes with."""
     versions = {"python": platform.python_version()}
     for name in _VERSIONED:
         try:
@@ -134,4 +149,9 @@ def _write_versions(path: Path) -> None:
         except metadata.PackageNotFoundError:  # a checkout on PYTHONPATH
             module = sys.modules.get(name)
             versions[name] = str(getattr(module, "__version__", "not installed"))
-    path.write_text(json.dumps({"command": sys.argv, "versions": versions}, indent=2) + "\n")
+    return versions
+
+
+def _write_versions(path: Path) -> None:
+    content = {"command": sys.argv, "versions": installed_versions()}
+    path.write_text(json.dumps(content, indent=2) + "\n")
