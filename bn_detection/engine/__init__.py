@@ -4,6 +4,7 @@ from .checkpoint import AtomicCheckpointer
 from .checks import check_config
 from .evaluation import COCOEvaluator, build_evaluator
 from .launch import WorkerError, argument_parser, launch, run
+from .recalibration import preflight_recalibration, recalibrate
 from .setup import load_config, preflight, setup
 from .trainer import Trainer, evaluate, train
 
@@ -19,6 +20,8 @@ __all__ = [
     "launch",
     "load_config",
     "preflight",
+    "preflight_recalibration",
+    "recalibrate",
     "run",
     "setup",
     "train",

@@ -1,0 +1,335 @@
+"""A checkpoint with its population statistics estimated anew."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from fvcore.common.checkpoint import _filter_reused_missing_keys, _IncompatibleKeys
+from fvcore.nn import update_bn_stats
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from ..config import ConfigError
+from ..data import (
+    SinglePassLoader,
+    check_dataset_files,
+    register_image_folder,
+    report_unreadable,
+)
+from ..population import (
+    PopulationStatistics,
+    apply_statistics,
+    batch_norms_in_training,
+    collect_statistics,
+    describe_batch_norms,
+    statistics_change,
+    untouched,
+)
+from .checkpoint import AtomicCheckpointer, save_atomically
+from .checks import check_recalibration
+from .setup import begin, installed_versions, load_config, register_datasets
+from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+_ROWS_SHOWN = 12
+_KEYS_SHOWN = 10
+
+
+def preflight_recalibration(args: argparse.Namespace) -> str:
+    """Refuse a recalibration that cannot work, before a worker starts.
+
+    Args:
+        args: of ``tools/recalibrate.py``.
+
+    Returns:
+        The device to launch workers for: MODEL.DEVICE.
+
+    Raises:
+        ConfigError: names the key or flag, its value, and what would be right.
+    """
+    for flag in ("resume", "eval_only"):
+        if getattr(args, flag):
+            raise ConfigError(
+                f"--{flag.replace('_', '-')} means nothing here: the checkpoint to recalibrate is "
+                "MODEL.WEIGHTS."
+            )
+    output = Path(args.output)
+    if output.suffix != ".pth":
+        raise ConfigError(f"--output {output}: a checkpoint's name ends in .pth.")
+    for path in (output, _record_path(output)):
+        if path.exists():
+            raise ConfigError(f"--output {output}: {path} exists; give another name.")
+    cfg = _load_config(args)
+    num_workers = int(os.environ.get("WORLD_SIZE", args.num_gpus * args.num_machines))
+    check_recalibration(cfg, num_workers)
+    register_datasets(cfg)
+    for name in cfg.DATASETS.TRAIN:
+        check_dataset_files("--dataset" if args.dataset else "DATASETS.TRAIN", name)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {output}: its folder cannot be made: {error}") from error
+    if not os.access(output.parent, os.W_OK):
+        raise ConfigError(f"--output {output}: its folder cannot be written to.")
+    return cfg.MODEL.DEVICE
+
+
+def recalibrate(args: argparse.Namespace) -> None:
+    """Estimate population statistics, and write a checkpoint that has them; called in each worker.
+
+    Beside the checkpoint are a record of what changed (``.json``) and a folder with the log and the
+    config (``_recalibration``). All other tensors keep every bit.
+
+    Args:
+        args: of ``tools/recalibrate.py``, checked by :func:`preflight_recalibration`.
+
+    Raises:
+        ConfigError: no layer is selected; the weights do not fit the model; the images have no
+            labels or cannot be read; or a layer saw values that are not finite. Nothing is written.
+    """
+    cfg = begin(_load_config(args), args, _folder(args))
+    model = Trainer.build_model(cfg).train()
+    layers = batch_norms_in_training(model, cfg.BN.MODULES)
+    if not layers:
+        raise ConfigError(
+            f"BN.MODULES {list(cfg.BN.MODULES)} match no BN layer with statistics to recompute. "
+            f"{describe_batch_norms(model)}"
+        )
+    _StrictCheckpointer(model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    node = cfg.BN.POPULATION
+    batch_size = node.BATCH_SIZE or cfg.SOLVER.IMS_PER_BATCH
+    loader = SinglePassLoader(
+        cfg,
+        labels=node.ROIS == "training",
+        num_images=node.NUM_SAMPLES,
+        batch_size=batch_size,
+        seed=max(cfg.SEED, 0),
+    )
+    estimator = "pooled" if node.ESTIMATOR == "ema" else node.ESTIMATOR
+    images: list[int] = []
+    counting = model.register_forward_pre_hook(lambda _, inputs: images.append(len(inputs[0])))
+    try:
+        with EventStorage(0):
+            if estimator == "fvcore":
+                statistics = _collect_by_fvcore(model, loader, cfg)
+            else:
+                statistics = collect_statistics(
+                    model,
+                    loader,
+                    loader.num_batches,
+                    modules=cfg.BN.MODULES,
+                    estimator=estimator,
+                    tolerance=node.TOLERANCE,
+                    rois=node.ROIS,
+                    allow_fewer=True,
+                )
+    except FloatingPointError as error:
+        raise ConfigError(f"{error} Nothing was written.") from error
+    finally:
+        counting.remove()
+    num_images = sum(comm.all_gather(sum(images)))
+    settings = {
+        "weights": cfg.MODEL.WEIGHTS,
+        "config": args.config_file,
+        "datasets": list(cfg.DATASETS.TRAIN),
+        "images": num_images,
+        "batch_size": batch_size,
+        "workers": comm.get_world_size(),
+        "estimator": estimator,
+        "rois": node.ROIS,
+        "tolerance": node.TOLERANCE,
+        "modules": list(cfg.BN.MODULES),
+        "versions": installed_versions(),
+    }
+    by_layer = {name: _record(model, name, new) for name, new in statistics.items()}
+    apply_statistics(model, statistics)
+    if comm.is_main_process():
+        report_unreadable(cfg.OUTPUT_DIR)
+        output = Path(args.output)
+        _write(output, model, {"settings": settings, "layers": by_layer})
+        logger.info(
+            "Statistics of %d layers from %d images. Change of the normalized values: root mean "
+            "square over channels of their shift, (new mean - old) / old std, and of "
+            "ln(new std / old std).\n%s",
+            len(by_layer),
+            num_images,
+            _table(by_layer),
+        )
+        logger.info("Wrote %s and %s", output, _record_path(output))
+        logger.info("Evaluate it:\n%s", _evaluation_command(args))
+
+
+def _load_config(args: argparse.Namespace) -> CfgNode:
+    """The config, DATASETS.TRAIN the images to recalibrate on, and OUTPUT_DIR for the log."""
+    cfg = load_config(args)
+    if args.images:
+        if cfg.BN.POPULATION.ROIS == "training":
+            raise ConfigError(
+                f'--images {args.images}: BN.POPULATION.ROIS is "training", and the RoIs that '
+                "training samples need labels, which a folder of images does not have. Set "
+                "BN.POPULATION.ROIS inference."
+            )
+        cfg.DATASETS.TRAIN = (register_image_folder(args.images),)
+    elif args.dataset:
+        cfg.DATASETS.TRAIN = (args.dataset,)
+    cfg.DATASETS.TEST = ()
+    cfg.OUTPUT_DIR = _folder(args)
+    return cfg
+
+
+def _folder(args: argparse.Namespace) -> str:
+    return f"{args.output.removesuffix('.pth')}_recalibration"
+
+
+def _record_path(output: Path) -> Path:
+    return output.with_suffix(".json")
+
+
+class _StrictCheckpointer(AtomicCheckpointer):
+    """Refuses weights that do not fit the model, instead of logging them."""
+
+    def _log_incompatible_keys(self, incompatible: _IncompatibleKeys) -> None:
+        misshaped = {name for name, *_ in incompatible.incorrect_shapes}
+        shapes = [
+            f"{name} {tuple(theirs)} instead of {tuple(ours)}"
+            for name, theirs, ours in incompatible.incorrect_shapes
+        ]
+        missing = set(incompatible.missing_keys) - misshaped
+        missing = _essential(_filter_reused_missing_keys(self.model, list(missing)))
+        parts = {
+            "missing": missing,
+            "not in the model": _essential(incompatible.unexpected_keys),
+            "of another shape": shapes,
+        }
+        problems = [f"{len(keys)} {what}: {_list(keys)}" for what, keys in parts.items() if keys]
+        if problems:
+            raise ConfigError(f"the weights do not fit the model. {'; '.join(problems)}.")
+
+
+def _essential(keys: Iterable[str]) -> list[str]:
+    """Without the counters of training steps, which inference does not use."""
+    return sorted(key for key in keys if not key.endswith("num_batches_tracked"))
+
+
+def _list(keys: list[str]) -> str:
+    more = len(keys) - _KEYS_SHOWN
+    return ", ".join(keys[:_KEYS_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _collect_by_fvcore(
+    model: nn.Module, loader: SinglePassLoader, cfg: CfgNode
+) -> dict[str, PopulationStatistics]:
+    """By fvcore's function, which knows no standard error."""
+    layers = batch_norms_in_training(model, cfg.BN.MODULES)
+    counts = dict.fromkeys(layers, 0)
+
+    def count(name: str, inputs: tuple[Tensor]) -> None:
+        counts[name] += inputs[0].numel() // inputs[0].shape[1]
+
+    with untouched(model):
+        if cfg.BN.POPULATION.ROIS == "inference":
+            model.eval()
+            for layer in layers.values():
+                layer.train()
+        handles = [
+            layer.register_forward_pre_hook(lambda _, inputs, name=name: count(name, inputs))
+            for name, layer in layers.items()
+        ]
+        try:
+            update_bn_stats(model, loader, loader.num_batches)
+        except AssertionError as error:
+            raise ConfigError(
+                f"BN.POPULATION.ESTIMATOR fvcore cannot do this: {error} Set it to pooled."
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        found = {}
+        for name, layer in layers.items():
+            mean, var = layer.running_mean.double(), layer.running_var.double()
+            if counts[name] > 1 and not bool(torch.isfinite(mean + var).all()):
+                raise FloatingPointError(f"{name}: its input has values that are not finite.")
+            unknown = torch.full_like(mean, math.nan)
+            found[name] = PopulationStatistics(mean, var, unknown, unknown, counts[name])
+    return found
+
+
+def _record(model: nn.Module, name: str, new: PopulationStatistics) -> dict[str, Any]:
+    """What the record says of a layer."""
+    record: dict[str, Any] = {"values": new.count}
+    if new.count < 2:  # it keeps its statistics
+        return record
+    change = statistics_change(model.get_submodule(name), new)
+    channel = change.largest_channel
+    return record | {
+        "relative_standard_error": _or_none(new.relative_error),
+        "change_of_mean": _or_none(change.rms_mean),
+        "change_of_log_std": _or_none(change.rms_std),
+        "largest": {
+            "channel": channel,
+            "change_of_mean": _or_none(change.mean[channel].item()),
+            "change_of_log_std": _or_none(change.std[channel].item()),
+        },
+    }
+
+
+def _or_none(value: float) -> float | None:
+    """JSON has no nan."""
+    return value if math.isfinite(value) else None
+
+
+def _write(output: Path, model: nn.Module, record: dict[str, Any]) -> None:
+    path = _record_path(output)
+    unfinished = path.with_name(f"{path.name}.partial")
+    try:
+        unfinished.write_text(json.dumps(record, indent=2) + "\n")
+        save_atomically({"model": model.state_dict()}, str(output))
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _table(by_layer: dict[str, dict[str, Any]]) -> str:
+    def size(record: dict[str, Any]) -> float:
+        changes = (record.get("change_of_mean"), record.get("change_of_log_std"))
+        return max((change for change in changes if change is not None), default=-1.0)
+
+    rows = []
+    most_changed = sorted(by_layer.items(), key=lambda item: size(item[1]), reverse=True)
+    for name, record in most_changed[:_ROWS_SHOWN]:
+        error = record.get("relative_standard_error")
+        largest = record.get("largest", {})
+        rows.append(
+            (
+                name,
+                record["values"],
+                None if error is None else f"{error:.2%}",
+                record.get("change_of_mean"),
+                record.get("change_of_log_std"),
+                largest.get("channel"),
+            )
+        )
+    headers = ("layer", "values", "standard error", "shift", "ln std", "most changed channel")
+    table = tabulate(rows, headers, floatfmt=".3f", missingval="-")
+    more = len(by_layer) - len(rows)
+    return f"{table}\n... and {more} layers that changed less" if more > 0 else table
+
+
+def _evaluation_command(args: argparse.Namespace) -> str:
+    pairs = zip(args.opts[::2], args.opts[1::2], strict=False)
+    options = [part for pair in pairs if pair[0] != "MODEL.WEIGHTS" for part in pair]
+    command = ["python", "tools/train_net.py", "--config-file", args.config_file, "--eval-only"]
+    return shlex.join([*command, "MODEL.WEIGHTS", args.output, *options])
