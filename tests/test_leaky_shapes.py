@@ -62,6 +62,25 @@ def test_objects_respect_number_size_and_gap():
     assert (min(sides), max(sides)) == (22, 33)
 
 
+def test_scales_make_octaves_of_sizes_and_stripes():
+    config = LeakyShapesConfig(object_size=(12, 16), object_scales=3, objects_per_image=(3, 5))
+    sides = [side for i in draw_many(config) for thing in i.objects for side in thing.box[2:]]
+    for low, high in ((12, 16), (24, 32), (48, 64)):
+        share = np.mean([low <= side <= high for side in sides])
+        assert share > 0.2  # the largest find room least often
+    assert sum(12 <= s <= 16 or 24 <= s <= 32 or 48 <= s <= 64 for s in sides) == len(sides)
+
+    # The frequency of the stripes of the upper half, in periods per width.
+    quiet = dataclasses.replace(config, **QUIET, texture_period=6.0)
+    for image in draw_many(quiet, count=20):
+        for thing in image.objects:
+            x, y, width, height = thing.box
+            row = image.pixels[y + height // 2 - 1, x : x + width].astype(float)
+            crossings = np.count_nonzero(np.diff(row > thing.brightness))
+            scale = 1 if width <= 16 else 2 if width <= 32 else 4
+            assert abs(crossings - 2 * width / (6 * scale)) <= 1.5
+
+
 def test_boxes_and_polygons_are_those_of_the_pixels():
     ious = []
     for image in draw_many(LeakyShapesConfig(), 60):
@@ -182,6 +201,8 @@ def test_honest_limit_at_the_default_numbers_and_at_the_extremes():
         {"object_size": (4, 30)},
         {"object_size": (22, 300)},
         {"gap": -1},
+        {"object_scales": 0},
+        {"object_scales": 3},
         {"cast_std": -1.0},
         {"class_step": float("nan")},
         {"texture_period": 1.0},
@@ -249,6 +270,16 @@ def test_the_same_dataset_is_used_again_and_another_is_refused(tmp_path, caplog)
         with pytest.raises(ConfigError, match=f"{next(iter(other))} .* there, .* asked for"):
             make(root, **other)
     assert contents(root) == before
+
+
+def test_a_dataset_made_before_a_dial_existed_is_used_again(tmp_path):
+    made = make(tmp_path / "d")
+    content = json.loads(made.annotations.read_text())
+    del content["info"]["leaky_shapes"]["config"]["object_scales"]
+    made.annotations.write_text(json.dumps(content))
+    assert make(tmp_path / "d").reused
+    with pytest.raises(ConfigError, match="object_scales 1 there, 2 asked for"):
+        make(tmp_path / "d", object_scales=2)
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bn_detection import ConfigError, PartitionedBatchNorm2d
 from bn_detection.data import make_leaky_shapes
-from bn_detection.engine import Trainer, argument_parser, load_config, preflight
+from bn_detection.engine import Trainer, argument_parser, check_config, load_config, preflight
 from bn_detection.engine.checkpoint import AtomicCheckpointer
 from bn_detection.engine.setup import register_datasets
 from bn_detection.norm import Groups, Rows
@@ -35,6 +35,15 @@ NORMS = {
     "ghost": "GhostBN",
     "image": "ImageBN",
     "renorm": "BatchRenorm",
+}
+
+
+# What levels share in training and as a population.
+LEVELS = {
+    "shared": ("shared", "shared"),
+    "shared_separate": ("shared", "separate"),
+    "separate_shared": ("separate", "shared"),
+    "separate": ("separate", "separate"),
 }
 
 
@@ -138,6 +147,54 @@ def test_every_quickstart_config_trains_and_evaluates(
     layers = [m for m in run.model.modules() if isinstance(m, PartitionedBatchNorm2d)]
     assert len(layers) == (0 if kind in ("none", "gn") else 6)
     assert {m.inference for m in layers} <= {"batch" if kind == "bn_batch_stats" else "population"}
+
+
+@pytest.mark.parametrize("kind", ["none", "gn", *LEVELS])
+def test_every_quickstart_retinanet_trains_and_evaluates(
+    kind: str, folder: Path, tmp_path: Path
+) -> None:
+    config = QUICKSTART / f"retinanet_{kind}.yaml"
+    options = ("SOLVER.IMS_PER_BATCH", 1, "SOLVER.MAX_ITER", 2, "SOLVER.WARMUP_ITERS", 1)
+    options += ("BN.POPULATION.NUM_SAMPLES", 2)
+    cfg = load_config(parse(config, overrides(folder, tmp_path, *options)))
+    register_datasets(cfg)
+    check_config(cfg, num_workers=1, eval_only=False, resume=False)
+    run = Trainer(cfg)
+    run.train()
+    results = json.loads((tmp_path / "inference" / "results.json").read_text())["results"]
+    assert results.keys() == {"bbox"}
+    layers = [m for m in run.model.modules() if isinstance(m, PartitionedBatchNorm2d)]
+    _, population = LEVELS.get(kind, (None, None))
+    assert len(layers) == {None: 0, "shared": 4, "separate": 4 * 3}[population]
+
+
+@pytest.mark.parametrize("kind", ["none", "gn", *LEVELS])
+def test_full_size_retinanet_configs_are_detectron2s(kind: str) -> None:
+    # A checkout of Detectron2 that was not installed has no model zoo.
+    try:
+        from detectron2 import model_zoo
+
+        stock = model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_3x.yaml")
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(str(error))
+    cfg, quick = (
+        load_config(parse(folder / f"retinanet_{kind}.yaml", []))
+        for folder in (ROOT / "configs", QUICKSTART)
+    )
+    for config in (cfg, quick):
+        assert config.MODEL.META_ARCHITECTURE == "BNRetinaNet"
+        assert config.MODEL.RETINANET.pop("NORM") == {"none": "", "gn": "GN"}.get(kind, "SyncBN")
+        chosen = {k: config.BN.LEVELS[k] for k in ("TRAIN", "POPULATION", "AFFINE")}
+        assert tuple(chosen.values()) == (*LEVELS.get(kind, ("separate", "separate")), "shared")
+        # Only row 2 has running statistics that are not of how inference normalizes.
+        estimator = "pooled" if kind == "shared_separate" else "ema"
+        assert estimator == config.BN.POPULATION.ESTIMATOR
+    stock.MODEL.RETINANET.pop("NORM")
+    stock.MODEL.META_ARCHITECTURE = "BNRetinaNet"
+    cfg.MODEL.ROI_KEYPOINT_HEAD.pop("NORM")  # this project's key
+    ours = {"BN", "OUTPUT_DIR", "DATASETS", "VERSION"}
+    for key in stock.keys() - ours:
+        assert cfg[key] == stock[key], key
 
 
 @pytest.mark.parametrize("kind", NORMS)

@@ -7,17 +7,29 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .coco_json import register_coco_json
-from .leaky_shapes import make_leaky_shapes
+from .leaky_shapes import LeakyShapesConfig, make_leaky_shapes
 
-LEAKY_SHAPES = {"leaky_shapes_train": ("train", 1000), "leaky_shapes_val": ("val", 150)}
-"""Split and number of images of each embedded dataset."""
+_SPLITS = {"train": 1000, "val": 150}
+"""Number of images of each split."""
+
+_DIALS = {
+    "leaky_shapes": LeakyShapesConfig(),
+    # For feature levels: objects of three octaves. Without a cast, all of them show their class.
+    "leaky_shapes_sizes": LeakyShapesConfig(
+        objects_per_image=(4, 6), object_size=(12, 17), object_scales=3, cast_std=0.0
+    ),
+}
+
+LEAKY_SHAPES = {f"{folder}_{split}": (folder, split) for folder in _DIALS for split in _SPLITS}
+"""Folder and split of each embedded dataset."""
 
 
 def register_builtin(names: Iterable[str]) -> None:
     """Register those of ``names`` that are embedded datasets, making them if they are not there.
 
-    They lie in ``leaky_shapes`` under the folder that the environment variable DETECTRON2_DATASETS
-    names, by default ``datasets``; ``tools/make_leaky_shapes.py`` makes the same ones.
+    They lie in ``leaky_shapes`` and ``leaky_shapes_sizes`` under the folder that the environment
+    variable DETECTRON2_DATASETS names, by default ``datasets``; ``tools/make_leaky_shapes.py``
+    makes the same ones.
 
     Args:
         names: of datasets; others are passed over.
@@ -25,12 +37,12 @@ def register_builtin(names: Iterable[str]) -> None:
     Raises:
         ConfigError: something else is in their place.
     """
-    folder = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser() / "leaky_shapes"
+    root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
     for name in names:
         if name in LEAKY_SHAPES:
-            split, num_images = LEAKY_SHAPES[name]
-            if not (folder / split).exists():
-                print(f"Making the embedded dataset {name} in {folder / split}", flush=True)
-                make_leaky_shapes(folder / split, num_images, seed=0, split=split)
-            paths = folder / split / "annotations.json", folder / split / "images"
-            register_coco_json([[name, *map(str, paths)]])
+            folder, split = LEAKY_SHAPES[name]
+            path = root / folder / split
+            if not path.exists():
+                print(f"Making the embedded dataset {name} in {path}", flush=True)
+                make_leaky_shapes(path, _SPLITS[split], seed=0, config=_DIALS[folder], split=split)
+            register_coco_json([[name, str(path / "annotations.json"), str(path / "images")]])

@@ -57,6 +57,9 @@ class LeakyShapesConfig:
     num_classes: int = _dial(4, "number of classes C")
     objects_per_image: tuple[int, int] = _dial((6, 9), "fewest and most objects in an image")
     object_size: tuple[int, int] = _dial((22, 33), "smallest and largest side of an object, px")
+    object_scales: int = _dial(
+        1, "octaves of size: an object and its stripes are 1, 2, 4, ... times as large"
+    )
     gap: int = _dial(4, "least distance between the boxes of two objects, px")
     base_brightness: float = _dial(128.0, "mean brightness of objects")
     class_step: float = _dial(22.0, "brightness between two classes (leaky cue); 0 = off")
@@ -89,7 +92,8 @@ class LeakyShapesConfig:
             low, high = getattr(self, name)
             if not 1 <= low <= high:
                 raise self._error(name, "two numbers, 1 <= smallest <= largest")
-        for name, least in (("num_classes", 2), ("image_size", 8), ("texture_period", 2)):
+        at_least = {"num_classes": 2, "image_size": 8, "texture_period": 2, "object_scales": 1}
+        for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise self._error(name, f"at least {least}")
         for name in ("base_brightness", "background_mean"):
@@ -103,8 +107,13 @@ class LeakyShapesConfig:
             raise self._error("class_correlation", "from 0 to 1")
         if self.object_size[0] < 8:
             raise self._error("object_size", "at least 8 px, for shapes and stripes to show")
-        if self.object_size[1] > self.image_size:
-            raise self._error("object_size", f"at most the image_size, {self.image_size}")
+        largest = self.object_size[1] << (self.object_scales - 1)
+        if largest > self.image_size:
+            raise self._error(
+                "object_size",
+                f"such that the largest object, {largest} px with object_scales "
+                f"{self.object_scales}, is at most the image_size, {self.image_size}",
+            )
 
     def _error(self, name: str, right: str) -> ConfigError:
         return ConfigError(f"LeakyShapes {name} is {getattr(self, name)}; it must be {right}.")
@@ -204,14 +213,14 @@ def draw_image(config: LeakyShapesConfig, seed: int, split: str, index: int) -> 
         ConfigError: the objects do not fit into the image.
     """
     rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
-    boxes = _layout(config, rng)
+    boxes, scales = _layout(config, rng)
     cast = float(rng.normal(0, config.cast_std))
     shared = int(rng.integers(config.num_classes))
     shape = (config.image_size, config.image_size)
     canvas = rng.normal(config.background_mean, config.background_std, shape)
     owner = np.full(shape, -1, np.int16)
     objects = []
-    for i, box in enumerate(boxes):
+    for i, (box, scale) in enumerate(zip(boxes, scales, strict=True)):
         label = int(rng.integers(config.num_classes))
         if rng.random() < config.class_correlation:
             label = shared
@@ -219,7 +228,8 @@ def draw_image(config: LeakyShapesConfig, seed: int, split: str, index: int) -> 
         own = float(rng.normal(0, config.object_std))
         brightness = config.base_brightness + level + cast + own
         mask, polygon = _shape(rng, *box)
-        patch = brightness + _texture(config, rng, label, *box[2:])
+        period = scale * config.texture_period
+        patch = brightness + _texture(config, rng, label, period, *box[2:])
         patch += rng.normal(0, config.pixel_noise, mask.shape)
         x, y, width, height = box
         window = (slice(y, y + height), slice(x, x + width))
@@ -232,13 +242,18 @@ def draw_image(config: LeakyShapesConfig, seed: int, split: str, index: int) -> 
     return LeakyImage(pixels, owner, tuple(objects), cast, clipped)
 
 
-def _layout(config: LeakyShapesConfig, rng: np.random.Generator) -> list[tuple[int, int, int, int]]:
-    """Boxes ``(x, y, width, height)`` at least ``gap`` apart, each uniform over what is free."""
+def _layout(
+    config: LeakyShapesConfig, rng: np.random.Generator
+) -> tuple[list[tuple[int, int, int, int]], list[int]]:
+    """Boxes ``(x, y, width, height)`` at least ``gap`` apart, each uniform over what is free, and
+    the scale of each.
+    """
     low, high = config.objects_per_image
     count = int(rng.integers(low, high + 1))
     smallest, largest = config.object_size
     for _ in range(_LAYOUT_ATTEMPTS):
-        sizes = rng.integers(smallest, largest + 1, (count, 2)).tolist()
+        scales = 2 ** rng.integers(config.object_scales, size=(count, 1))
+        sizes = (scales * rng.integers(smallest, largest + 1, (count, 2))).tolist()
         boxes: list[tuple[int, int, int, int]] = []
         for width, height in sizes:
             free = np.ones((config.image_size - height + 1, config.image_size - width + 1), bool)
@@ -251,11 +266,12 @@ def _layout(config: LeakyShapesConfig, rng: np.random.Generator) -> list[tuple[i
             y, x = divmod(int(rng.choice(places)), free.shape[1])
             boxes.append((x, y, width, height))
         else:
-            return boxes
+            return boxes, scales.ravel().tolist()
     raise ConfigError(
-        f"LeakyShapes: {count} objects of {smallest} to {largest} px, {config.gap} px apart, found "
-        f"no room on {config.image_size} px in {_LAYOUT_ATTEMPTS} attempts. Lower "
-        "objects_per_image, object_size or gap, or raise image_size."
+        f"LeakyShapes: {count} objects of {smallest} to {largest} px, {config.gap} px apart and of "
+        f"{config.object_scales} scales, found no room on {config.image_size} px in "
+        f"{_LAYOUT_ATTEMPTS} attempts. Lower objects_per_image, object_size, object_scales or gap, "
+        "or raise image_size."
     )
 
 
@@ -285,11 +301,16 @@ def _shape(
 
 
 def _texture(
-    config: LeakyShapesConfig, rng: np.random.Generator, label: int, width: int, height: int
+    config: LeakyShapesConfig,
+    rng: np.random.Generator,
+    label: int,
+    period: float,
+    width: int,
+    height: int,
 ) -> np.ndarray:
     """Vertical stripes, float64 ``(height, width)``: the lower half is ``label / C`` periods on."""
     phase = rng.uniform(0, 2 * np.pi)
-    angle = 2 * np.pi * np.arange(width) / config.texture_period + phase
+    angle = 2 * np.pi * np.arange(width) / period + phase
     rows = np.sin([angle, angle + 2 * np.pi * label / config.num_classes])
     return config.texture_amplitude * rows[(np.arange(height) >= height / 2).astype(int)]
 
@@ -332,8 +353,7 @@ def make_leaky_shapes(
         "split": split,
         "seed": seed,
         "num_images": num_images,
-        # As JSON gives it back: lists for tuples.
-        "config": json.loads(json.dumps(asdict(config))),
+        "config": _as_json(config),
     }
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
         return _reuse(root, made_with)
@@ -411,6 +431,11 @@ def _polygon_area(polygon: np.ndarray) -> float:
     return float(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1))) / 2
 
 
+def _as_json(config: LeakyShapesConfig) -> dict[str, Any]:
+    """The dials as JSON gives them back: lists for tuples."""
+    return json.loads(json.dumps(asdict(config)))
+
+
 def _load(root: Path) -> dict[str, Any]:
     try:
         dataset = json.loads((root / "annotations.json").read_text())
@@ -425,6 +450,8 @@ def _load(root: Path) -> dict[str, Any]:
 def _reuse(root: Path, made_with: dict[str, Any]) -> LeakyShapesSummary:
     dataset = _load(root)
     found = dataset["info"]["leaky_shapes"]
+    # A dial that did not exist yet had no effect, as its default has none.
+    found["config"] = {**_as_json(LeakyShapesConfig()), **found["config"]}
     if found != made_with:
         old, new = ({**block, **block["config"]} for block in (found, made_with))
         names = [name for name in {**old, **new} if name != "config"]
