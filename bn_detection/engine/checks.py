@@ -264,8 +264,10 @@ def first_frozen_iteration(cfg: CfgNode) -> int | None:
     if last is None:
         return None
     iterations = last
-    if isinstance(last, float) and 0 < last < 1:
-        iterations = round(last * max_iter)
+    if isinstance(last, float):
+        # Where a config file has a fraction, a whole number can be given as 300.0 only.
+        whole = last > 1 and last.is_integer()
+        iterations = int(last) if whole else round(last * max_iter) if 0 < last < 1 else 0
     is_number = isinstance(iterations, int) and not isinstance(iterations, bool)
     if not is_number or not 1 <= iterations <= max_iter:
         raise ConfigError(

@@ -62,11 +62,11 @@ class FreezeStatistics(HookBase):
                     "statistics to freeze."
                 )
         self._affine = [p for name in self._layers for p in _affine_parameters(model, name)]
+        self._fixed: list[torch.Tensor] = []
         self._first_iter = first_iter
         self._precise = precise
         self._optimizer = fixed
         self._switched_at: int | None = None
-        self._handle: torch.utils.hooks.RemovableHandle | None = None
 
     def before_step(self) -> None:
         if self.trainer.iter < self._first_iter:
@@ -76,8 +76,10 @@ class FreezeStatistics(HookBase):
         # In each step, since an evaluation puts all layers back into training mode.
         for layer in self._layers.values():
             layer.eval()
-        if self._optimizer is not None and self._handle is None:
-            self._handle = self._optimizer.register_step_pre_hook(self._without_gradients)
+        if self._optimizer is not None and not self._fixed:
+            self._fixed = [parameter.detach().clone() for parameter in self._affine]
+            self._optimizer.register_step_pre_hook(self._before_update)
+            self._optimizer.register_step_post_hook(self._after_update)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._switched_at is None else {"switched_at": self._switched_at}
@@ -100,10 +102,20 @@ class FreezeStatistics(HookBase):
             ", ".join(self._layers),
         )
 
-    def _without_gradients(self, *_: Any) -> None:
-        # Not requires_grad, which DDP does not allow to change.
+    # Not by requires_grad, which DDP does not allow to change, nor without gradients, which
+    # gradient clipping fails on.
+
+    def _before_update(self, *_: Any) -> None:
+        """Of the gradients that are clipped together, those count as zero."""
         for parameter in self._affine:
-            parameter.grad = None
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+
+    @torch.no_grad()
+    def _after_update(self, *_: Any) -> None:
+        """Weight decay and momentum move parameters without a gradient too."""
+        for parameter, value in zip(self._affine, self._fixed, strict=True):
+            parameter.copy_(value)
 
 
 def _affine_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
