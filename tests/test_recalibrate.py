@@ -107,6 +107,7 @@ def watch(model: nn.Module, inputs: dict[str, list[Tensor]]) -> nn.Module:
     return model
 
 
+@pytest.mark.timeout(280)
 def test_inference_rois_without_labels(data: Path, tmp_path: Path) -> None:
     # What each image alone gives in eval mode, with the BN layers alone in training mode.
     inputs: dict[str, list[Tensor]] = defaultdict(list)
