@@ -24,15 +24,31 @@ def example(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.timeout(280)
-def test_plug_in(tmp_path: Path) -> None:
-    # A checkout of Detectron2 that was not installed has no model zoo.
+def skip_without_model_zoo() -> None:
+    """A checkout of Detectron2 that was not installed has none."""
     try:
         from detectron2 import model_zoo
 
         model_zoo.get_config_file("COCO-Detection/faster_rcnn_R_50_C4_1x.yaml")
     except (ImportError, RuntimeError) as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize("choice", ["shared", "separate"])
+def test_fcos_levels(choice: str) -> None:
+    skip_without_model_zoo()
+    overrides = [f"model.head.levels.{key}={choice}" for key in ("train", "population")]
+    run = example("fcos_levels.py", *overrides)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert f"train='{choice}', population='{choice}'" in run.stdout
+    (count,) = re.findall(r"(\d+) detections; in the stock model", run.stdout)
+    assert int(count) > 0
+
+
+@pytest.mark.timeout(280)
+def test_plug_in(tmp_path: Path) -> None:
+    skip_without_model_zoo()
     run = example("plug_in.py", "--output-dir", str(tmp_path))
     assert run.returncode == 0, run.stdout + run.stderr
     assert "Converted 10 layers to ShuffleBN: roi_heads.res5.0" in run.stdout
