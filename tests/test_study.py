@@ -79,7 +79,7 @@ def test_every_study_that_ships_can_be_planned(path: Path, tmp_path: Path) -> No
         ("seeds: [1, 2]", "seed: [1, 2]", ["line 2", "key seed", "seeds"]),
         ("seeds: [1, 2]", "seeds: [1, 1]", ["line 2", "[1, 1]", "different"]),
         ("seeds: [1, 2]", "workers: 0", ["line 2", "workers is 0"]),
-        ("runs: [BN]", "runs: [BM]", ["line 13", '"BM"', "BN, GN"]),
+        ("runs: [BN]", "runs: [BM]", ["line 13", "'BM'", "BN, GN"]),
         ("    overrides: {BN", "    override: {BN", ["line 14", "batch has no key override"]),
         (f"  GN:\n    config: {CONFIG}\n", "  GN:\n", ["line 7", "GN lacks the key config"]),
         ("mask_rcnn_bn.yaml", "mask_rcnn_b.yaml", ["line 5", "mask_rcnn_b.yaml", "no file"]),

@@ -44,11 +44,11 @@ def claimed(folder: Path, study: Study, overrides: Overrides) -> Iterator[int]:
             ) from None
         before = json.loads(record.read_text()) if record.exists() else {}
         now = _settings(study, overrides)
-        for name in before.keys() & now.keys():
-            if before[name] != now[name]:
+        for name, value in now.items():
+            if before.get(name, value) != value:
                 raise ConfigError(
                     f"{record}: the results there are of another {name}: {before[name]}, and not "
-                    f"{now[name]}. Give another --output-dir, or remove that folder."
+                    f"{value}. Give another --output-dir, or remove that folder."
                 )
         write_json(record, {**before, **now})
         yield lock.fileno()

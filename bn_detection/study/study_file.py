@@ -12,12 +12,14 @@ import yaml
 from ..config import ConfigError
 
 Overrides = dict[str, Any]
+_Where = tuple[str, ...]
 
 _STUDY_KEYS = ("about", "workers", "seeds", "overrides", "runs", "evaluations", "x_axis")
 _RUN_KEYS = ("config", "overrides")
 _EVALUATION_KEYS = ("runs", "overrides", "recalibrate", "workers")
-# The runner gives them a value of its own.
 TAKEN = ("OUTPUT_DIR", "SEED")
+"""Keys to which the runner gives a value of its own."""
+_OF_EVALUATION = (*TAKEN, "MODEL.WEIGHTS")
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class Study:
         overrides: for all runs; a run's own come after them.
         runs: by name.
         evaluations: by name.
-        x_axis: if not None, the names of the runs are numbers, a figure is drawn over them, and
-            this is the label of its axis.
+        x_axis: if not None, the names of the runs are numbers above 0, a figure is drawn over
+            them, and this is the label of its axis.
     """
 
     name: str
@@ -106,150 +108,131 @@ class _Reader:
             self._content = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"{path}: {error}") from error
-        self._lines: dict[tuple[str, ...], int] = {(): 1}
+        self._lines: dict[_Where, int] = {(): 1}
         for where, line in _lines(root):
-            if where in self._lines:
-                raise self._error(where, f"{where[-1]} is there already; give another name.", line)
+            twice = where in self._lines
             self._lines[where] = line
+            self._check(not twice, where, f"{where[-1]} is there already; give another name.")
 
     def study(self) -> Study:
         content = self._mapping(self._content, (), _STUDY_KEYS, ("about", "runs", "evaluations"))
-        workers = self._workers(content.get("workers", 1), ("workers",))
         runs = {
-            name: self._run(value, ("runs", name))
-            for name, value in self._named(content["runs"], ("runs",)).items()
+            name: self._run(value, where) for name, value, where in self._named(content, "runs")
         }
-        evaluations = {
-            name: self._evaluation(value, ("evaluations", name), tuple(runs), workers)
-            for name, value in self._named(content["evaluations"], ("evaluations",)).items()
-        }
+        workers = self._workers(content, (), 1)
+        seeds = content.get("seeds", [1])
+        self._check(
+            isinstance(seeds, list)
+            and len(set(map(str, seeds))) == len(seeds) > 0
+            and all(type(seed) is int and seed >= 0 for seed in seeds),
+            ("seeds",),
+            f"seeds is {seeds!r}; give a list of different whole numbers from 0.",
+        )
+        x_axis = content.get("x_axis")
+        for name in runs if x_axis is not None else ():
+            problem = f'with x_axis the names of runs are numbers above 0; "{name}" is none.'
+            self._check(_is_number(name), ("runs", name), problem)
         return Study(
             name=self._path.stem,
             path=self._path,
             about=str(content["about"]).strip(),
             workers=workers,
-            seeds=self._seeds(content.get("seeds", [1])),
+            seeds=tuple(seeds),
             overrides=self._overrides(content, ()),
             runs=runs,
-            evaluations=evaluations,
-            x_axis=self._x_axis(content.get("x_axis"), runs),
+            evaluations={
+                name: self._evaluation(value, where, list(runs), workers)
+                for name, value, where in self._named(content, "evaluations")
+            },
+            x_axis=x_axis,
         )
 
-    def _run(self, value: Any, where: tuple[str, ...]) -> Run:
+    def _run(self, value: Any, where: _Where) -> Run:
         content = self._mapping(value, where, _RUN_KEYS, ("config",))
         config = self._path.parent / str(content["config"])
-        if not config.is_file():
-            raise self._error((*where, "config"), f"config: there is no file {config}.")
+        self._check(config.is_file(), (*where, "config"), f"config: there is no file {config}.")
         return Run(config, self._overrides(content, where))
 
     def _evaluation(
-        self, value: Any, where: tuple[str, ...], all_runs: tuple[str, ...], workers: int
+        self, value: Any, where: _Where, all_runs: list[str], workers: int
     ) -> Evaluation:
         content = self._mapping(value or {}, where, _EVALUATION_KEYS)
-        runs = content.get("runs", list(all_runs))
-        if not isinstance(runs, list) or not runs:
-            raise self._error((*where, "runs"), f"runs is {runs!r}; give a list of runs.")
-        for name in map(str, runs):
-            if name not in all_runs:
-                known = ", ".join(all_runs)
-                raise self._error(
-                    (*where, "runs"), f'runs: there is no run "{name}"; there are {known}.'
-                )
+        runs = content.get("runs", all_runs)
+        known = isinstance(runs, list) and {str(name) for name in runs} <= {*all_runs}
+        problem = f"runs is {runs!r}; give a list of runs, of {', '.join(all_runs)}."
+        self._check(runs and known, (*where, "runs"), problem)
         recalibrate = None
         if "recalibrate" in content:
-            recalibrate = self._overrides(content, where, "recalibrate", ("MODEL.WEIGHTS",))
+            recalibrate = self._overrides(content, where, "recalibrate", _OF_EVALUATION)
         return Evaluation(
             runs=tuple(map(str, runs)),
-            overrides=self._overrides(content, where, taken=("MODEL.WEIGHTS",)),
+            overrides=self._overrides(content, where, taken=_OF_EVALUATION),
             recalibrate=recalibrate,
-            workers=self._workers(content.get("workers", workers), (*where, "workers")),
+            workers=self._workers(content, where, workers),
         )
+
+    def _workers(self, content: dict[str, Any], where: _Where, default: int) -> int:
+        value = content.get("workers", default)
+        problem = f"workers is {value!r}; it must be a whole number from 1."
+        self._check(type(value) is int and value >= 1, (*where, "workers"), problem)
+        return value
 
     def _overrides(
         self,
         content: dict[str, Any],
-        where: tuple[str, ...],
+        where: _Where,
         key: str = "overrides",
-        taken: tuple[str, ...] = (),
+        taken: tuple[str, ...] = TAKEN,
     ) -> Overrides:
-        where = (*where, key)
-        overrides = self._mapping(content.get(key) or {}, where)
+        overrides = self._mapping(content.get(key) or {}, (*where, key))
         for name, value in overrides.items():
-            if name in (*TAKEN, *taken):
-                raise self._error((*where, name), f"{name} is chosen by the runner; leave it out.")
-            if isinstance(value, dict):
-                raise self._error(
-                    (*where, name), f"{name} is a mapping; write its keys with dots, as {name}.KEY."
-                )
+            place = (*where, key, name)
+            self._check(name not in taken, place, f"{name} is chosen by the runner; leave it out.")
+            problem = f"{name} is a mapping; write its keys with dots, as {name}.KEY."
+            self._check(not isinstance(value, dict), place, problem)
         return overrides
+
+    def _named(self, content: dict[str, Any], key: str) -> Iterator[tuple[str, Any, _Where]]:
+        """Name, value and place of the entries of ``runs`` or ``evaluations``."""
+        named = self._mapping(content[key], (key,))
+        self._check(named, (key,), f"{key} is empty; give at least one.")
+        for name, value in named.items():
+            problem = f'"{name}" names a folder: without "/", and no "." first.'
+            self._check("/" not in name and name[:1] != ".", (key, name), problem)
+            yield name, value, (key, name)
 
     def _mapping(
         self,
         value: Any,
-        where: tuple[str, ...],
+        where: _Where,
         keys: tuple[str, ...] | None = None,
         required: tuple[str, ...] = (),
     ) -> dict[str, Any]:
         name = where[-1] if where else "the study"
-        if not isinstance(value, dict):
-            raise self._error(where, f"{name} is {value!r}; it must be a mapping.")
+        self._check(isinstance(value, dict), where, f"{name} is {value!r}; it must be a mapping.")
         value = {str(key): item for key, item in value.items()}
         for key in value:
-            if keys is not None and key not in keys:
-                raise self._error(
-                    (*where, key), f"{name} has no key {key}; its keys are {', '.join(keys)}."
-                )
+            problem = f"{name} has no key {key}; its keys are {', '.join(keys or ())}."
+            self._check(keys is None or key in keys, (*where, key), problem)
         for key in required:
-            if key not in value:
-                raise self._error(where, f"{name} lacks the key {key}.")
+            self._check(key in value, where, f"{name} lacks the key {key}.")
         return value
 
-    def _named(self, value: Any, where: tuple[str, ...]) -> dict[str, Any]:
-        named = self._mapping(value, where)
-        if not named:
-            raise self._error(where, f"{where[-1]} is empty; give at least one.")
-        for name in named:
-            if "/" in name or name.startswith("."):
-                raise self._error(
-                    (*where, name), f'"{name}" names a folder: without "/", and no "." first.'
-                )
-        return named
-
-    def _workers(self, value: Any, where: tuple[str, ...]) -> int:
-        if not isinstance(value, int) or value < 1:
-            raise self._error(where, f"workers is {value!r}; it must be a whole number from 1.")
-        return value
-
-    def _seeds(self, value: Any) -> tuple[int, ...]:
-        if (
-            not (isinstance(value, list) and value and all(type(seed) is int for seed in value))
-            or min(value) < 0
-            or len(set(value)) < len(value)
-        ):
-            raise self._error(
-                ("seeds",), f"seeds is {value!r}; give a list of different whole numbers from 0."
-            )
-        return tuple(value)
-
-    def _x_axis(self, value: Any, runs: dict[str, Run]) -> str | None:
-        for name in runs if value is not None else ():
-            try:
-                float(name)
-            except ValueError:
-                raise self._error(
-                    ("runs", name), f'with x_axis the names of runs are numbers; "{name}" is none.'
-                ) from None
-        return None if value is None else str(value)
-
-    def _error(self, where: tuple[str, ...], problem: str, line: int | None = None) -> ConfigError:
-        while line is None:
-            line, where = self._lines.get(where), where[:-1]
-        return ConfigError(f"{self._path}, line {line}: {problem}")
+    def _check(self, is_right: Any, where: _Where, problem: str) -> None:
+        if not is_right:
+            while where not in self._lines:
+                where = where[:-1]
+            raise ConfigError(f"{self._path}, line {self._lines[where]}: {problem}")
 
 
-def _lines(
-    node: yaml.Node | None, where: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], int]]:
+def _is_number(text: str) -> bool:
+    try:
+        return float(text) > 0
+    except ValueError:
+        return False
+
+
+def _lines(node: yaml.Node | None, where: _Where = ()) -> Iterator[tuple[_Where, int]]:
     """The keys that lead to each key of a document, and its line from 1."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
