@@ -10,6 +10,7 @@ import torch
 from detectron2.layers import CycleBatchNormList
 from distributed import run_workers
 from fvcore.common.checkpoint import Checkpointer
+from fvcore.nn import update_bn_stats
 from reference import CHANNELS, assert_close, relative_error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -268,6 +269,22 @@ def test_population_statistics_are_those_of_inference_batches(
         assert relative_error(statistics[key].var, var) < 1e-5, key
     apply_statistics(model, statistics)
     assert relative_error(model.norm2[0].running_mean, statistics["norm2.0"].mean) < 1e-6
+
+
+@pytest.mark.parametrize("affine", ["shared", "separate"])
+@pytest.mark.parametrize("choice", ["shared", "separate"])
+def test_fvcores_function_where_a_layer_is_called_once(choice: str, affine: str) -> None:
+    """Rows 1 and 4; its hooks are on the BN layers, and see their calls."""
+    options = LevelOptions(choice, choice, affine)
+    batches = [pyramid(images, seed=seed) for seed, images in enumerate((1, 3, 2))]
+    exact = collect_statistics(TwoLayers(options).train(), batches, 3)
+    model = TwoLayers(options).train()
+    update_bn_stats(model, batches, 3)
+    for key, statistics in exact.items():
+        layer = model.get_submodule(key)
+        biased = statistics.var * (statistics.count - 1) / statistics.count
+        assert relative_error(layer.running_mean, statistics.mean) < 1e-5, key
+        assert relative_error(layer.running_var, biased) < 1e-5, key
 
 
 @every_combination
