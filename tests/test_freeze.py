@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.layers import CycleBatchNormList, FrozenBatchNorm2d
 from distributed import run_workers
 from torch import Tensor, nn
 from training import build_trainer, different, make_images, train
 
-from bn_detection import ConfigError
+from bn_detection import ConfigError, add_bn_detection_config
 from bn_detection.data import build_train_loader
 from bn_detection.engine import Trainer, check_config
+from bn_detection.engine.checks import first_frozen_iteration
 from bn_detection.norm import replace_layers
 from bn_detection.population import FreezeStatistics, PreciseStatistics
 
@@ -279,7 +281,8 @@ def test_an_ending_that_is_moved_behind_a_resume_starts_anew() -> None:
         (["BN.FREEZE.LAST_ITERS", -1], ["BN.FREEZE.LAST_ITERS -1"]),
         (["BN.FREEZE.LAST_ITERS", 0], ["BN.FREEZE.LAST_ITERS 0", "None for never"]),
         (["BN.FREEZE.LAST_ITERS", 1.5], ["BN.FREEZE.LAST_ITERS 1.5", "between 0 and 1"]),
-        (["BN.FREEZE.LAST_ITERS", 0.1], ["BN.FREEZE.LAST_ITERS 0.1", "an iteration or more"]),
+        (["BN.FREEZE.LAST_ITERS", 1.0], ["BN.FREEZE.LAST_ITERS 1.0", "between 0 and 1"]),
+        (["BN.FREEZE.LAST_ITERS", 0.0], ["BN.FREEZE.LAST_ITERS 0.0", "between 0 and 1"]),
         (["BN.FREEZE.LAST_ITERS", "half"], ["BN.FREEZE.LAST_ITERS half"]),
         (["BN.FREEZE.LAST_ITERS", True], ["BN.FREEZE.LAST_ITERS True"]),
         (["BN.FREEZE.STATISTICS", "mean"], ['BN.FREEZE.STATISTICS is "mean"', '"precise"']),
@@ -304,3 +307,16 @@ def test_endings_that_cannot_be_are_refused(
         check_config(trainer.cfg, num_workers=1, eval_only=False, resume=False)
     for word in words:
         assert word in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("last", "first"), [(4, 0), (1, 3), (0.5, 2), (0.1, 3), (3.0, 1), (None, None)]
+)
+def test_the_ending_is_a_number_or_a_fraction_of_iterations(
+    last: float | None, first: int | None
+) -> None:
+    cfg = get_cfg()
+    add_bn_detection_config(cfg)
+    cfg.SOLVER.MAX_ITER = 4
+    cfg.BN.FREEZE.LAST_ITERS = last
+    assert first_frozen_iteration(cfg) == first

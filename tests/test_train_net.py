@@ -35,6 +35,7 @@ NORMS = {
     "ghost": "GhostBN",
     "image": "ImageBN",
     "renorm": "BatchRenorm",
+    "frozen": "BN",
 }
 
 
@@ -314,6 +315,16 @@ def refused(folder: Path, output: Path, *more: object, flags: tuple[str, ...] = 
             ["BN.POPULATION.ESTIMATOR", "pooled", "TEST.PRECISE_BN.ENABLED", "True"],
             ["BN.POPULATION.ESTIMATOR pooled", "TEST.PRECISE_BN.ENABLED"],
         ),
+        (["BN.POPULATION.ROIS", "proposals"], ["BN.POPULATION.ROIS", '"inference"']),
+        (
+            ["BN.POPULATION.ESTIMATOR", "fvcore", "BN.POPULATION.RESTORE_EMA", "True"],
+            ["BN.POPULATION.RESTORE_EMA True", "fvcore", '"pooled"'],
+        ),
+        (
+            ["TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "0"],
+            ["TEST.PRECISE_BN.NUM_ITER 0", "at least 1"],
+        ),
+        (["BN.FREEZE.LAST_ITERS", "1500"], ["BN.FREEZE.LAST_ITERS 1500", "MAX_ITER 1200"]),
         (["BN.RENORM.PARTITION", "workers"], ['BN.RENORM.PARTITION is "workers"', '"worker"']),
         (["BN.CONVERT", "['roi_heads.*', 'GN']"], ["BN.CONVERT roi_heads.*", '"ShuffleBN"]']),
         (["BN.CONVERT", "[['backbone.*']]"], ["BN.CONVERT ['backbone.*']", '"ShuffleBN"]']),

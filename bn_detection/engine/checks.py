@@ -267,13 +267,12 @@ def first_frozen_iteration(cfg: CfgNode) -> int | None:
     if isinstance(last, float):
         # Where a config file has a fraction, a whole number can be given as 300.0 only.
         whole = last > 1 and last.is_integer()
-        iterations = int(last) if whole else round(last * max_iter) if 0 < last < 1 else 0
+        iterations = int(last) if whole else max(round(last * max_iter), 1) if 0 < last < 1 else 0
     is_number = isinstance(iterations, int) and not isinstance(iterations, bool)
     if not is_number or not 1 <= iterations <= max_iter:
         raise ConfigError(
             f"BN.FREEZE.LAST_ITERS {last}: it must be a whole number from 1 to SOLVER.MAX_ITER "
-            f"{max_iter}, a fraction of it between 0 and 1 that is an iteration or more, or None "
-            "for never."
+            f"{max_iter}, a fraction of it between 0 and 1, or None for never."
         )
     return max_iter - iterations
 
