@@ -50,8 +50,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config(data: Path, output: Path, *more: object) -> Any:
-    cfg = load_config(parse(CONFIG, overrides(data, output, *more)))
+def config(data: Path, output: Path, *more: object, config_file: Path = CONFIG) -> Any:
+    cfg = load_config(parse(config_file, overrides(data, output, *more)))
     register_datasets(cfg)
     return cfg
 
@@ -60,23 +60,29 @@ def model_of(data: Path, output: Path, *more: object) -> nn.Module:
     return Trainer.build_model(config(data, output, *more))
 
 
-def arguments(data: Path, output: Path, *more: object, flags: tuple[object, ...] = ()) -> list[str]:
+def arguments(
+    data: Path,
+    output: Path,
+    *more: object,
+    flags: tuple[object, ...] = (),
+    config_file: Path = CONFIG,
+) -> list[str]:
     opts = overrides(data, output.parent, "MODEL.WEIGHTS", data / "weights.pth", *more)
     return [
-        *("--config-file", str(CONFIG), "--output", str(output)),
+        *("--config-file", str(config_file), "--output", str(output)),
         *(str(flag) for flag in flags),
         *opts,
     ]
 
 
-def run(data: Path, output: Path, *more: object, flags: tuple[object, ...] = ()) -> None:
+def run(data: Path, output: Path, *more: object, **options: Any) -> None:
     """What the tool does with one worker."""
     sys.path.insert(0, str(ROOT / "tools"))
     try:
         from recalibrate import parse as parse_tool
     finally:
         sys.path.pop(0)
-    args = parse_tool(arguments(data, output, *more, flags=flags))
+    args = parse_tool(arguments(data, output, *more, **options))
     preflight_recalibration(args)
     recalibrate(args)
 
@@ -224,6 +230,41 @@ def test_fvcores_estimator_has_no_bessel_correction(
     layer = record["layers"]["roi_heads.box_head.conv4.norm"]
     assert layer["values"] == count
     assert layer["relative_standard_error"] is None
+
+
+def test_levels_get_statistics_of_their_own_or_in_common(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, separate = (QUICKSTART / f"retinanet_{k}.yaml" for k in ("shared", "shared_separate"))
+    torch.manual_seed(0)
+    model = Trainer.build_model(config(data, tmp_path, config_file=shared))
+    torch.save({"model": model.state_dict()}, tmp_path / "shared.pth")
+    name = "head.cls_subnet.1"
+    by_level: list[list[Tensor]] = [[], [], []]
+    build = Trainer.build_model
+
+    def keep(_: nn.Module, args: tuple[list[Tensor]]) -> None:
+        for level, x in zip(by_level, args[0], strict=True):
+            level.append(x)
+
+    def watched(cfg: Any) -> nn.Module:
+        model = build(cfg)
+        model.get_submodule(name).register_forward_pre_hook(keep)
+        return model
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "build_model", watched)
+        weights = ("MODEL.WEIGHTS", tmp_path / "shared.pth")
+        run(data, tmp_path / "separate.pth", *weights, config_file=separate)
+    inputs = {f"{name}.{level}": values for level, values in enumerate(by_level)}
+    assert_statistics_are_those_of(inputs, load(tmp_path / "separate.pth"))
+
+    weights = ("MODEL.WEIGHTS", tmp_path / "separate.pth")
+    run(data, tmp_path / "again.pth", *weights, config_file=shared)
+    again = load(tmp_path / "again.pth")
+    assert again.keys() == load(tmp_path / "shared.pth").keys()
+    positions = [torch.cat([x.flatten(2) for x in xs], 2) for xs in zip(*by_level, strict=True)]
+    assert_statistics_are_those_of({f"{name}.0": [x[..., None] for x in positions]}, again)
 
 
 def test_num_samples_are_distinct_images(

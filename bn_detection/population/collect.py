@@ -45,7 +45,7 @@ _FIRST_CHECK = 16
 _LARGE_ERROR = 0.1
 _LOG_SECONDS = 10.0
 
-_SYNC_BATCH_NORMS = (nn.SyncBatchNorm, NaiveSyncBatchNorm)
+SYNC_BATCH_NORMS = (nn.SyncBatchNorm, NaiveSyncBatchNorm)
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ class _Collector:
                 if isinstance(layer, PartitionedBatchNorm2d):
                     layer.observer = observe
                 else:
-                    spans = isinstance(layer, _SYNC_BATCH_NORMS) and world_size() > 1
+                    spans = isinstance(layer, SYNC_BATCH_NORMS) and world_size() > 1
                     all_reduce = Collectives(name).all_reduce if spans else None
                     layer.forward = partial(_observed_forward, layer, observe, all_reduce)
             yield
@@ -456,7 +456,7 @@ def _calls_collectives(model: nn.Module) -> bool:
             continue
         of_partition = isinstance(module, PartitionedBatchNorm2d) and module.partition.spans_workers
         of_scope = any(isinstance(v, Scope) and v.needs_counts for v in vars(module).values())
-        if of_partition or of_scope or isinstance(module, _SYNC_BATCH_NORMS):
+        if of_partition or of_scope or isinstance(module, SYNC_BATCH_NORMS):
             return True
     return False
 

@@ -24,7 +24,7 @@ from ..norm import (
     group_statistics,
     world_size,
 )
-from .collect import PopulationStatistics, batch_norms_in_training
+from .collect import SYNC_BATCH_NORMS, PopulationStatistics, batch_norms_in_training
 from .layers import describe_batch_norms
 
 FILE_NAME = "bn_trace.jsonl"
@@ -99,7 +99,7 @@ class TraceStatistics(HookBase):
                 if isinstance(layer, PartitionedBatchNorm2d):
                     layer.observer = observe
                 else:
-                    spans = isinstance(layer, nn.SyncBatchNorm) and world_size() > 1
+                    spans = isinstance(layer, SYNC_BATCH_NORMS) and world_size() > 1
                     all_reduce = Collectives(f"trace of {name}").all_reduce if spans else None
                     hook = partial(_observe_input, observe, all_reduce)
                     self._handles.append(layer.register_forward_pre_hook(hook))
