@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,10 @@ from PIL import Image
 from bn_detection.config import ConfigError
 from bn_detection.data import make_leaky_shapes
 from bn_detection.study.folder import claimed
-from bn_detection.study.matrix import Task, execute, plan
+from bn_detection.study.matrix import Cell, Task, execute, plan
 from bn_detection.study.runner import run_study
 from bn_detection.study.study_file import read_study
-from bn_detection.study.summary import mean_and_half_width
+from bn_detection.study.summary import mean_and_half_width, summarize
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "quickstart" / "mask_rcnn_bn.yaml"
@@ -255,6 +256,33 @@ def test_mean_and_interval(values: list[float], mean: float, half_width: float |
     found = mean_and_half_width(values)
     assert found[0] == pytest.approx(mean)
     assert found[1] == (None if half_width is None else pytest.approx(half_width, rel=3e-4))
+
+
+def test_the_table_has_what_is_done_and_says_what_failed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    study = read_study(write(tmp_path, STUDY.replace("[1, 2]", "[1, 2, 3]")))
+    aps = {("BN", "population"): (50, 52, 54), ("BN", "batch"): (60, 61)}
+    results = {}
+    for (run, evaluation), values in aps.items():
+        for seed, value in enumerate(values, start=1):
+            folder = tmp_path / run / f"seed_{seed}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "versions.json").write_text('{"versions": {"torch": "2"}}')
+            path = folder / f"{evaluation}.json"
+            path.write_text(json.dumps({"results": {"bbox": {"AP": value}}}))
+            results[Cell(run, evaluation, seed)] = path
+    written = json.loads(summarize(study, results, tmp_path).read_text())
+    lines = capfd.readouterr().out.splitlines()
+    assert "Box AP, 3 seeds: mean ± half of the 95 % interval" in lines
+    # 4.303 * 2 / sqrt(3) and 12.706 * 0.7071 / sqrt(2), from tables of Student's t.
+    assert [re.split("  +", line) for line in lines if line.startswith(("BN", "GN"))] == [
+        ["BN", "52.0 ± 5.0", "60.5 ± 6.4 (2 seeds)"],
+        ["GN", "failed"],
+    ]
+    assert written["versions"] == [{"torch": "2"}]
+    assert written["box AP"][1]["by_seed"] == {"1": 60, "2": 61}
+    assert written["metrics by run, evaluation and seed"]["BN"]["batch"]["2"]["bbox"]["AP"] == 61
 
 
 @pytest.mark.timeout(280)
