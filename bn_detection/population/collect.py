@@ -491,7 +491,7 @@ def _report(results: dict[str, PopulationStatistics], images: int, tolerance: fl
         if error > _LARGE_ERROR:
             logger.warning(
                 "%s: its population statistics rest on too few samples: %d images give a standard "
-                "error of %.0f %%, about %d would give %.0f %%.",
+                "error of %.1f %%, about %d would give %.0f %%.",
                 *(name, images, 100 * error, needed(error, _LARGE_ERROR), 100 * _LARGE_ERROR),
             )
     worst = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]), default=None)
