@@ -52,7 +52,7 @@ class BNConvFCHead(FastRCNNConvFCHead, PartitionedHead):
     """Detectron2's ``FastRCNNConvFCHead`` (N conv + M fc) with any of this project's ``NORM``.
 
     Same layers, names and state_dict. With a norm whose groups span workers (``SyncBN``,
-    ``ShuffleBN``; *Rethinking "Batch" in BatchNorm*, Sec. 5.3) every worker must call the head in
+    ``ShuffleBN``; *Rethinking "Batch" in BatchNorm*, Table 6) every worker must call the head in
     training, with any number of RoIs.
     """
 

@@ -37,7 +37,7 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
             (``worker``, ``world``, ``shuffle``, ``ghost``, ``image``), or a :class:`Partition`.
         inference: what ``eval()`` normalizes with: ``population``, the running statistics; or
             ``batch``, those of the current forward on this process (the "mini-batch statistics"
-            of *Rethinking "Batch" in BatchNorm*, Sec. 3). Inference calls no collective.
+            of *Rethinking "Batch" in BatchNorm*, Table 3). Inference calls no collective.
         renorm: the schedule of Batch Renormalization (Ioffe 2017), whose steps are this layer's
             training forwards; None for BN.
         scope: shared by the layers of a head, which then have the same groups; by default the layer

@@ -149,7 +149,7 @@ class WorldPartition(Partition):
 class ShufflePartition(Partition):
     """Random balanced groups over the rows of all workers, as many as there are workers.
 
-    *Rethinking "Batch" in BatchNorm*, Sec. 5.3 and Figure 9, without moving a row.
+    *Rethinking "Batch" in BatchNorm*, Figure 9 and Table 6, without moving a row.
 
     Args:
         virtual_workers: number of groups, a multiple of the number of processes; 0: that number.

@@ -1,6 +1,6 @@
 """RoI shuffling by features: each RoI travels once, to the worker of its random group.
 
-*Rethinking "Batch" in BatchNorm*, Sec. 5.3 and Figure 9. The reference implementation gathers every
+*Rethinking "Batch" in BatchNorm*, Figure 9 and Table 6. The reference implementation gathers every
 RoI on every worker, in both directions; here one all-to-all each way moves only the RoIs that
 change worker.
 """

@@ -93,7 +93,7 @@ def collect_statistics(
     The model, and the random number generators, are afterwards as they were.
 
     ``pooled`` is the mean and variance of all values together, the variance with N / (N - 1):
-    exact for any batch size (*Rethinking "Batch" in BatchNorm*, Sec. 3.1 and its appendix).
+    exact for any batch size (*Rethinking "Batch" in BatchNorm*, Sec. 3 and its appendix).
     ``mean_of_variances`` averages the groups' means and unbiased variances, each group alike
     (Ioffe & Szegedy 2015, Algorithm 2). N counts values a channel, N x H x W. fvcore's function
     differs in that its pooled variance is without N / (N - 1), and that it knows one process.
