@@ -131,8 +131,10 @@ class _GroupedBatchNorm(torch.autograd.Function):
         ctx.parameter_dtype = weight.dtype
         if x.numel() == 0:
             return torch.empty_like(x)
-        mean, scale, shift = (_to_rows(t, x, groups) for t in (statistics.mean, scale, shift))
-        return row_affine(x, mean, scale, shift)
+        parameters = statistics.mean, scale, shift
+        if groups.ids is None:  # by channels, which is faster here than by rows, and holds less
+            return row_affine(x, *(t.to(accumulation_dtype(x)) for t in parameters))
+        return row_affine(x, *(_to_rows(t, x, groups) for t in parameters))
 
     @staticmethod
     @once_differentiable
