@@ -140,7 +140,7 @@ def _draw(study: Study, summaries: Summaries, path: Path) -> None:
     axes.set_ylabel("box AP")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside upper left", frameon=False)
     for suffix in ("png", "svg"):
         figure.savefig(f"{path}.{suffix}", dpi=150)
     plt.close(figure)
