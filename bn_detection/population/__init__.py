@@ -3,13 +3,12 @@
 from .average import AverageStatistics, average_running_statistics
 from .change import StatisticsChange, statistics_change
 from .collect import (
-    ESTIMATORS,
     ROIS,
-    PopulationStatistics,
     apply_statistics,
     batch_norms_in_training,
     collect_statistics,
 )
+from .estimators import ESTIMATORS, PopulationStatistics
 from .freeze import AFFINE, FreezeStatistics
 from .hook import PreciseStatistics, estimate_statistics
 from .layers import describe_batch_norms

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .collect import PopulationStatistics
+from .estimators import PopulationStatistics
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -30,11 +29,11 @@ from ..norm import (
     normalizes_in_training,
     world_size,
 )
+from .estimators import ESTIMATORS, Estimator, PopulationStatistics
 from .untouched import counters_of, set_counters, untouched
 
 logger = logging.getLogger(__name__)
 
-ESTIMATORS = ("pooled", "mean_of_variances")
 ROIS = ("training", "inference")
 
 # The batches are merged into at most so many parts, whose spread gives the standard errors.
@@ -46,34 +45,6 @@ _LARGE_ERROR = 0.1
 _LOG_SECONDS = 10.0
 
 SYNC_BATCH_NORMS = (nn.SyncBatchNorm, NaiveSyncBatchNorm)
-
-
-@dataclass(frozen=True)
-class PopulationStatistics:
-    """An estimate of the population statistics of a layer.
-
-    Attributes:
-        mean: ``(C,)`` float64.
-        var: ``(C,)`` float64, unbiased.
-        mean_error: ``(C,)`` float64, standard error of ``mean`` by batch means; nan from one batch.
-        var_error: ``(C,)`` float64, that of ``var``.
-        count: values a channel (N x H x W) of all workers that it rests on.
-    """
-
-    mean: Tensor
-    var: Tensor
-    mean_error: Tensor
-    var_error: Tensor
-    count: int
-
-    @property
-    def relative_error(self) -> float:
-        """One number, free of scale: the larger of two root mean squares over the channels, of the
-        error of the mean over the standard deviation, and of the error of the variance over it.
-        """
-        var = self.var.clamp(min=torch.finfo(torch.float32).tiny)
-        errors = (self.mean_error / var.sqrt(), self.var_error / var)
-        return max(float(error.square().mean().sqrt()) for error in errors)
 
 
 @torch.no_grad()
@@ -126,7 +97,7 @@ def collect_statistics(
             ``allow_fewer``; an unknown estimator or kind of RoIs.
         FloatingPointError: a layer saw a value that is not finite; names it.
     """
-    check_choice("estimator", estimator, ESTIMATORS)
+    check_choice("estimator", estimator, tuple(ESTIMATORS))
     check_choice("rois", rois, ROIS)
     layers = batch_norms_in_training(model, modules)
     if not layers:
@@ -134,8 +105,7 @@ def collect_statistics(
             f"No BatchNorm layer in training mode matches {list(modules)}: there are no statistics "
             "to estimate. Frozen layers and those of a model in eval mode do not take part."
         )
-    estimate = {"pooled": _pooled, "mean_of_variances": _mean_of_variances}[estimator]
-    collector = _Collector(layers, num_batches)
+    collector = _Collector(layers, ESTIMATORS[estimator], num_batches)
     with untouched(model), collector.observing():
         if rois == "inference":
             model.eval()
@@ -145,7 +115,7 @@ def collect_statistics(
         for goal in _checks(num_batches) if tolerance > 0 else [num_batches]:
             for batch in islice(source, goal - collector.batches):
                 collector.run(model, batch)
-            results, used = collector.results(estimate)
+            results, used = collector.results()
             seen = [result for result in results.values() if result.count > 0]
             precise = bool(seen) and all(result.relative_error < tolerance for result in seen)
             if precise:
@@ -228,8 +198,11 @@ class _Used(NamedTuple):
 
 
 class _Collector:
-    def __init__(self, layers: dict[str, nn.Module], num_batches: int) -> None:
+    def __init__(
+        self, layers: dict[str, nn.Module], estimator: Estimator, num_batches: int
+    ) -> None:
         self.batches = self.images = 0
+        self._estimator = estimator
         self._num_batches = num_batches
         self._ended = False
         self._start = self._logged = time.monotonic()
@@ -294,7 +267,7 @@ class _Collector:
             self._counters = counters_of(model)
         for name, layer in self._layers.items():
             if name not in self._batch:  # it was not called
-                self._batch[name] = layer.running_mean.double().new_zeros(6, layer.num_features)
+                self._batch[name] = self._nothing(layer.num_features)
         self._add(torch.cat([self._batch[name] for name in self._layers], dim=1))
         if time.monotonic() - self._logged > _LOG_SECONDS:
             self._logged = time.monotonic()
@@ -304,12 +277,12 @@ class _Collector:
             )
 
     def _observe(self, name: str, statistics: GroupStatistics, spans_workers: bool) -> None:
-        moments = _moments(statistics)
+        kept = self._estimator.keep(statistics)
         if spans_workers and dist.get_rank() > 0:
-            moments.zero_()  # all workers have them; they count once
+            kept.zero_()  # all workers have them; they count once
         if name in self._batch:
-            moments = _merge(torch.stack([self._batch[name], moments]))
-        self._batch[name] = moments
+            kept = self._merge([self._batch[name], kept])
+        self._batch[name] = kept
         self._calls.append(name)
         if self._calls == self._all_calls:
             raise _Enough
@@ -317,7 +290,7 @@ class _Collector:
     def _add(self, batch: Tensor) -> None:
         self._pending.append(batch)
         if len(self._pending) > 1:
-            self._pending = [_merge(torch.stack(self._pending))]
+            self._pending = [self._merge(self._pending)]
         self._batches_pending += 1
         if self._batches_pending < self._batches_a_part:
             return
@@ -325,16 +298,21 @@ class _Collector:
         self._pending, self._batches_pending = [], 0
         if len(self._parts) == _MAX_PARTS:
             pairs = zip(self._parts[::2], self._parts[1::2], strict=True)
-            self._parts = [_merge(torch.stack(pair)) for pair in pairs]
+            self._parts = [self._merge(pair) for pair in pairs]
             self._batches_a_part *= 2
 
-    def results(
-        self, estimate: Callable[[Tensor], tuple[Tensor, ...]]
-    ) -> tuple[dict[str, PopulationStatistics], _Used]:
+    def _merge(self, parts: Sequence[Tensor]) -> Tensor:
+        return self._estimator.merge(torch.stack(tuple(parts)))
+
+    def _nothing(self, channels: int, *parts: int) -> Tensor:
+        """What the estimator keeps of no values, ``(*parts, R, channels)``."""
+        some = next(iter(self._layers.values())).running_mean
+        return some.new_zeros(*parts, self._estimator.rows, channels, dtype=torch.float64)
+
+    def results(self) -> tuple[dict[str, PopulationStatistics], _Used]:
         """Merge the parts of all workers: one collective."""
         sizes = [layer.num_features for layer in self._layers.values()]
-        some = next(iter(self._layers.values())).running_mean
-        parts = some.new_zeros(_MAX_PARTS, 6, sum(sizes), dtype=torch.float64)
+        parts = self._nothing(sum(sizes), _MAX_PARTS)
         for part, values in zip(parts, [*self._parts, *self._pending], strict=False):
             part.copy_(values)
         progress = [self.batches, self.images, self._ended]
@@ -348,7 +326,9 @@ class _Collector:
             *(message[-len(progress) :].tolist() for message in gathered), strict=True
         )
         used = _Used([*map(int, batches)], [*map(int, images)], [*map(bool, ended)])
-        columns = [column.split(sizes) for column in estimate(torch.cat(of_workers))]
+        columns = [
+            column.split(sizes) for column in self._estimator.estimate(torch.cat(of_workers))
+        ]
         return {
             name: PopulationStatistics(mean, var, mean_error, var_error, int(count[0]))
             for name, mean, var, mean_error, var_error, count in zip(
@@ -370,72 +350,6 @@ def _observed_forward(
     weight = layer.weight if layer.affine else torch.ones_like(layer.running_mean)
     bias = layer.bias if layer.affine else torch.zeros_like(layer.running_mean)
     return grouped_batch_norm(x, weight, bias, statistics, groups, layer.eps)
-
-
-# Moments of some values, (6, C) float64: their count, mean and sum of squared deviations; and of
-# the groups with two values or more, their count and the sums of means and of unbiased variances.
-
-
-def _moments(statistics: GroupStatistics) -> Tensor:
-    count, mean, var = statistics.count, statistics.mean, statistics.var
-    total = count.sum()
-    pooled = (count * mean).sum(0) / total.clamp(min=1)
-    deviations = (count * (var + (mean - pooled).square())).sum(0)
-    usable = (count > 1).double()
-    unbiased = usable * var * count / (count - 1).clamp(min=1)
-    return torch.stack(
-        [
-            total.expand_as(pooled),
-            pooled,
-            deviations,
-            usable.sum().expand_as(pooled),
-            (usable * mean).sum(0),
-            unbiased.sum(0),
-        ]
-    )
-
-
-def _merge(parts: Tensor) -> Tensor:
-    """``(P, 6, C)`` to ``(6, C)``: the moments of all values (Chan et al. 1979)."""
-    count, mean, deviations = parts[:, :3].unbind(1)
-    total = count.sum(0)
-    pooled = (count * mean).sum(0) / total.clamp(min=1)
-    deviations = (deviations + count * (mean - pooled).square()).sum(0)
-    return torch.cat([torch.stack([total, pooled, deviations]), parts[:, 3:].sum(0)])
-
-
-# Mean, variance, their standard errors and the number of values, (C,) each, from (P, 6, C).
-
-
-def _pooled(parts: Tensor) -> tuple[Tensor, ...]:
-    count, mean, deviations, *_ = parts.unbind(1)
-    total, pooled, all_deviations, *_ = _merge(parts)
-    var = all_deviations / (total - 1).clamp(min=1)
-    spread = deviations / count.clamp(min=1) + (mean - pooled).square()
-    biased = all_deviations / total.clamp(min=1)
-    return pooled, var, _error(mean, pooled, count), _error(spread, biased, count), total
-
-
-def _mean_of_variances(parts: Tensor) -> tuple[Tensor, ...]:
-    count, _, _, groups, means, variances = parts.unbind(1)
-    number, mean, var = (t.sum(0) for t in (groups, means, variances))
-    mean, var = mean / number.clamp(min=1), var / number.clamp(min=1)
-    of_parts = (t / groups.clamp(min=1) for t in (means, variances))
-    mean_error, var_error = (
-        _error(part, total, groups) for part, total in zip(of_parts, (mean, var), strict=True)
-    )
-    # Groups of one value have no variance, and a layer of such groups alone no estimate.
-    total = torch.where(number > 0, count.sum(0), 0)
-    return mean, var, mean_error, var_error, total
-
-
-def _error(values: Tensor, mean: Tensor, weight: Tensor) -> Tensor:
-    """Standard error of the weighted mean of the parts' values."""
-    number = (weight > 0).sum(0)
-    share = weight / weight.sum(0).clamp(min=1)
-    squares = (share * (values - mean)).square().sum(0)
-    error = (squares * number / (number - 1).clamp(min=1)).sqrt()
-    return torch.where(number > 1, error, torch.full_like(error, math.nan))
 
 
 def _checks(num_batches: int) -> Iterator[int]:

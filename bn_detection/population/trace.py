@@ -24,7 +24,8 @@ from ..norm import (
     group_statistics,
     world_size,
 )
-from .collect import SYNC_BATCH_NORMS, PopulationStatistics, batch_norms_in_training
+from .collect import SYNC_BATCH_NORMS, batch_norms_in_training
+from .estimators import PopulationStatistics
 from .layers import describe_batch_norms
 
 FILE_NAME = "bn_trace.jsonl"
