@@ -44,7 +44,7 @@ _FIRST_CHECK = 16
 _LARGE_ERROR = 0.1
 _LOG_SECONDS = 10.0
 
-SYNC_BATCH_NORMS = (nn.SyncBatchNorm, NaiveSyncBatchNorm)
+_SYNC_BATCH_NORMS = (nn.SyncBatchNorm, NaiveSyncBatchNorm)
 
 
 @torch.no_grad()
@@ -159,6 +159,17 @@ def batch_norms_in_training(model: nn.Module, modules: Sequence[str]) -> dict[st
     }
 
 
+def all_reduce_of_stock(layer: nn.Module, owner: str) -> Callable[[Tensor], Tensor] | None:
+    """The sum over the workers, if a layer of torch or Detectron2 normalizes their rows together.
+
+    Args:
+        layer: a BN layer.
+        owner: names it in errors.
+    """
+    spans = isinstance(layer, _SYNC_BATCH_NORMS) and world_size() > 1
+    return Collectives(owner).all_reduce if spans else None
+
+
 class _Enough(Exception):
     """Ends a forward pass after the last layer whose input is wanted."""
 
@@ -230,8 +241,7 @@ class _Collector:
                 if isinstance(layer, PartitionedBatchNorm2d):
                     layer.observer = observe
                 else:
-                    spans = isinstance(layer, SYNC_BATCH_NORMS) and world_size() > 1
-                    all_reduce = Collectives(name).all_reduce if spans else None
+                    all_reduce = all_reduce_of_stock(layer, name)
                     layer.forward = partial(_observed_forward, layer, observe, all_reduce)
             yield
         finally:
@@ -370,7 +380,7 @@ def _calls_collectives(model: nn.Module) -> bool:
             continue
         of_partition = isinstance(module, PartitionedBatchNorm2d) and module.partition.spans_workers
         of_scope = any(isinstance(v, Scope) and v.needs_counts for v in vars(module).values())
-        if of_partition or of_scope or isinstance(module, SYNC_BATCH_NORMS):
+        if of_partition or of_scope or isinstance(module, _SYNC_BATCH_NORMS):
             return True
     return False
 

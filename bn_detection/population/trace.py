@@ -17,14 +17,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..norm import (
-    Collectives,
     Groups,
     GroupStatistics,
     PartitionedBatchNorm2d,
     group_statistics,
-    world_size,
 )
-from .collect import SYNC_BATCH_NORMS, batch_norms_in_training
+from .collect import all_reduce_of_stock, batch_norms_in_training
 from .estimators import PopulationStatistics
 from .layers import describe_batch_norms
 
@@ -100,8 +98,7 @@ class TraceStatistics(HookBase):
                 if isinstance(layer, PartitionedBatchNorm2d):
                     layer.observer = observe
                 else:
-                    spans = isinstance(layer, SYNC_BATCH_NORMS) and world_size() > 1
-                    all_reduce = Collectives(f"trace of {name}").all_reduce if spans else None
+                    all_reduce = all_reduce_of_stock(layer, f"trace of {name}")
                     hook = partial(_observe_input, observe, all_reduce)
                     self._handles.append(layer.register_forward_pre_hook(hook))
 
