@@ -5,7 +5,7 @@ with each estimator on the same images, RoIs and model, in one process of one th
 in memory: the forward passes are timed, not the loading. fvcore's ``update_bn_stats`` and
 ``collect_statistics`` run in turns; a ratio is the median over the rounds.
 
-    python benchmarks/population.py --quick            prints the tables, in about two minutes
+    python benchmarks/population.py --quick            prints the tables, in about four minutes
     python benchmarks/population.py                    writes benchmarks/results/population/cpu.json
                                                        and docs/images/population_error.png as well
     python benchmarks/population.py --markdown FILE    the tables of an earlier run
