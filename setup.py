@@ -38,8 +38,10 @@ setup(
         "numba>=0.57",
         "opencv-python-headless>=4.6",
         "cloudpickle",
+        "jinja2>=3.0",
         "packaging",
         "psutil",
+        "rich>=12",
         "scikit-image>=0.20",
         "scipy>=1.9",
         "shapely>=2.0",
@@ -49,5 +51,15 @@ setup(
         "tqdm>=4.29",
         "yacs>=0.1.8",
     ],
-    extras_require={"dev": ["pytest>=7", "pytest-timeout>=2.1", "hypothesis>=6.80", "ruff>=0.5"]},
+    extras_require={
+        "slurm": ["submitit>=1.5"],
+        "dev": [
+            "pytest>=7",
+            "pytest-timeout>=2.1",
+            "hypothesis>=6.80",
+            "ruff>=0.5",
+            "submitit>=1.5",
+            "playwright>=1.40",  # drives an installed Chromium in the tests of pages
+        ],
+    },
 )

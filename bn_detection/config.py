@@ -95,6 +95,18 @@ def add_bn_detection_config(cfg: CN) -> None:
     # Channels of each layer, evenly spaced.
     cfg.BN.TRACE.CHANNELS = 2
 
+    # The leakage probe: tools/probe.py, tools/diagnose.py and the evaluations of studies.
+    cfg.BN.LEAKAGE = CN()
+    # Images of DATASETS.TEST that it uses, evenly spaced; 0 for all.
+    cfg.BN.LEAKAGE.NUM_IMAGES = 0
+    # Images of a normalization batch of "own worker"; 0 for those of a worker (or virtual worker) in
+    # training: SOLVER.IMS_PER_BATCH over the number of workers.
+    cfg.BN.LEAKAGE.IMAGES_PER_WORKER = 0
+    # Images whose RoIs are shuffled together.
+    cfg.BN.LEAKAGE.SHUFFLED_IMAGES = 16
+    # Resamples of the images for the 95 % bootstrap intervals.
+    cfg.BN.LEAKAGE.RESAMPLES = 1000
+
     cfg.BN.SHUFFLE = CN()
     # What "ShuffleBN" sends between workers: "statistics" (of each random group), or "features"
     # (the RoIs themselves, to the worker of their group, and back; registered heads only).
