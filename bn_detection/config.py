@@ -99,8 +99,8 @@ def add_bn_detection_config(cfg: CN) -> None:
     cfg.BN.LEAKAGE = CN()
     # Images of DATASETS.TEST that it uses, evenly spaced; 0 for all.
     cfg.BN.LEAKAGE.NUM_IMAGES = 0
-    # Images of a normalization batch of "own worker"; 0 for those of a worker (or virtual worker) in
-    # training: SOLVER.IMS_PER_BATCH over the number of workers.
+    # Images of a worker (or virtual worker) in training, which share the batch of the mode "own
+    # worker"; 0 for SOLVER.IMS_PER_BATCH over BN.VIRTUAL_WORKERS (then --num-gpus).
     cfg.BN.LEAKAGE.IMAGES_PER_WORKER = 0
     # Images whose RoIs are shuffled together.
     cfg.BN.LEAKAGE.SHUFFLED_IMAGES = 16
