@@ -59,6 +59,18 @@ def test_a_study_file_is_read_with_its_defaults(tmp_path: Path) -> None:
     assert study.evaluations["population"].is_of_training
     assert study.evaluations["batch"].runs == ("BN",)
     assert not study.evaluations["batch"].is_of_training
+    assert (study.baseline, study.paper) == ("BN", None)
+
+
+def test_baseline_paper_and_probe(tmp_path: Path) -> None:
+    text = STUDY.replace("runs:\n  BN", "baseline: GN\npaper: Table 9\nworkers: 2\nruns:\n  BN")
+    probes = "  leak: {probe: }\n  leak of 3 images: {probe: {BN.LEAKAGE.NUM_IMAGES: 3}}\n"
+    study = read_study(write(tmp_path, text + probes))
+    assert (study.baseline, study.paper) == ("GN", "Table 9")
+    leak, of_three = study.evaluations["leak"], study.evaluations["leak of 3 images"]
+    assert (leak.probe, leak.workers, leak.is_of_training) == ({}, 1, False)
+    assert of_three.probe == {"BN.LEAKAGE.NUM_IMAGES": 3}
+    assert study.evaluations["batch"].probe is None
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "studies").glob("*.yaml")))
@@ -91,6 +103,15 @@ def test_every_study_that_ships_can_be_planned(path: Path, tmp_path: Path) -> No
         ("BN.INFERENCE: batch", "BN: {INFERENCE: batch}", ["line 14", "BN.KEY"]),
         ("runs:\n  BN:", "x_axis: size\nruns:\n  BN:", ["line 5", "numbers", '"BN"']),
         ("about: A small", "about: [A small", ["small.yaml", "expected"]),
+        ("about: A small one.", "about: 3", ["line 1", "about is 3", "text"]),
+        ("seeds: [1, 2]", "baseline: BM", ["line 2", 'baseline is "BM"', "BN, GN"]),
+        ("seeds: [1, 2]", "seeds: 3", ["line 2", "seeds is 3", "list"]),
+        ("seeds: [1, 2]", "seeds: [1, '2']", ["line 2", "[1, '2']", "whole numbers"]),
+        ("{BN.INFERENCE: batch}", "3", ["line 14", "overrides is 3", "mapping"]),
+        ("overrides: {BN.INFERENCE: batch}", "probe: 0", ["line 14", "probe is 0", "mapping"]),
+        ("batch}", "batch}\n    probe:", ["line 14", "under probe"]),
+        ("overrides: {BN.INFERENCE", "workers: 2\n    probe: {A", ["line 14", "one process"]),
+        ("overrides: {BN.INFERENCE", "probe: {MODEL.WEIGHTS", ["line 14", "MODEL.WEIGHTS is"]),
     ],
 )
 def test_a_wrong_study_file_is_refused_by_line_and_key(

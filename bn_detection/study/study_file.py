@@ -14,9 +14,12 @@ from ..config import ConfigError
 Overrides = dict[str, Any]
 _Where = tuple[str, ...]
 
-_STUDY_KEYS = ("about", "workers", "seeds", "overrides", "runs", "evaluations", "x_axis")
+_STUDY_KEYS = (
+    *("about", "paper", "workers", "seeds", "overrides", "runs", "baseline", "evaluations"),
+    "x_axis",
+)
 _RUN_KEYS = ("config", "overrides")
-_EVALUATION_KEYS = ("runs", "overrides", "recalibrate", "workers")
+_EVALUATION_KEYS = ("runs", "overrides", "recalibrate", "probe", "workers")
 TAKEN = ("OUTPUT_DIR", "SEED")
 """Keys to which the runner gives a value of its own."""
 _OF_EVALUATION = (*TAKEN, "MODEL.WEIGHTS")
@@ -43,18 +46,21 @@ class Evaluation:
         runs: names of the runs.
         overrides: added to those of the run.
         recalibrate: if not None, statistics are recomputed first, with these further overrides.
-        workers: processes that recalibrate and evaluate.
+        probe: if not None, the leakage is measured instead of AP alone, with these further
+            overrides.
+        workers: processes that recalibrate and evaluate; 1 for a probe.
     """
 
     runs: tuple[str, ...]
     overrides: Overrides
     recalibrate: Overrides | None
+    probe: Overrides | None
     workers: int
 
     @property
     def is_of_training(self) -> bool:
         """Whether it is the evaluation that ends the training: it changes nothing."""
-        return not self.overrides and self.recalibrate is None
+        return not self.overrides and self.recalibrate is None and self.probe is None
 
 
 @dataclass(frozen=True)
@@ -65,10 +71,12 @@ class Study:
         name: stem of the file's name.
         path: the file.
         about: what it studies, in words.
+        paper: the table or figure of the paper that it repeats; None if it repeats none.
         workers: processes that train.
         seeds: SEED of each repetition.
         overrides: for all runs; a run's own come after them.
         runs: by name.
+        baseline: name of the run to which the others are compared.
         evaluations: by name.
         x_axis: if not None, the names of the runs are numbers above 0, a figure is drawn over
             them, and this is the label of its axis.
@@ -77,10 +85,12 @@ class Study:
     name: str
     path: Path
     about: str
+    paper: str | None
     workers: int
     seeds: tuple[int, ...]
     overrides: Overrides
     runs: dict[str, Run]
+    baseline: str
     evaluations: dict[str, Evaluation]
     x_axis: str | None
 
@@ -119,6 +129,9 @@ class _Reader:
         runs = {
             name: self._run(value, where) for name, value, where in self._named(content, "runs")
         }
+        baseline = str(content.get("baseline", next(iter(runs))))
+        problem = f'baseline is "{baseline}"; give a run, one of {", ".join(runs)}.'
+        self._check(baseline in runs, ("baseline",), problem)
         workers = self._workers(content, (), 1)
         seeds = content.get("seeds", [1])
         self._check(
@@ -128,18 +141,20 @@ class _Reader:
             ("seeds",),
             f"seeds is {seeds!r}; give a list of different whole numbers from 0.",
         )
-        x_axis = content.get("x_axis")
+        x_axis = self._text(content, (), "x_axis")
         for name in runs if x_axis is not None else ():
             problem = f'with x_axis the names of runs are numbers above 0; "{name}" is none.'
             self._check(_is_number(name), ("runs", name), problem)
         return Study(
             name=self._path.stem,
             path=self._path,
-            about=str(content["about"]).strip(),
+            about=self._text(content, (), "about") or "",
+            paper=self._text(content, (), "paper"),
             workers=workers,
             seeds=tuple(seeds),
             overrides=self._overrides(content, ()),
             runs=runs,
+            baseline=baseline,
             evaluations={
                 name: self._evaluation(value, where, list(runs), workers)
                 for name, value, where in self._named(content, "evaluations")
@@ -149,27 +164,41 @@ class _Reader:
 
     def _run(self, value: Any, where: _Where) -> Run:
         content = self._mapping(value, where, _RUN_KEYS, ("config",))
-        config = self._path.parent / str(content["config"])
+        config = self._path.parent / (self._text(content, where, "config") or "")
         self._check(config.is_file(), (*where, "config"), f"config: there is no file {config}.")
         return Run(config, self._overrides(content, where))
 
     def _evaluation(
         self, value: Any, where: _Where, all_runs: list[str], workers: int
     ) -> Evaluation:
-        content = self._mapping(value or {}, where, _EVALUATION_KEYS)
+        content = self._mapping({} if value is None else value, where, _EVALUATION_KEYS)
         runs = content.get("runs", all_runs)
         known = isinstance(runs, list) and {str(name) for name in runs} <= {*all_runs}
         problem = f"runs is {runs!r}; give a list of runs, of {', '.join(all_runs)}."
         self._check(runs and known, (*where, "runs"), problem)
-        recalibrate = None
-        if "recalibrate" in content:
-            recalibrate = self._overrides(content, where, "recalibrate", _OF_EVALUATION)
+        recalibrate, probe = (
+            self._overrides(content, where, key, _OF_EVALUATION) if key in content else None
+            for key in ("recalibrate", "probe")
+        )
+        if probe is not None:
+            workers = 1
+            problem = "a probe has one process; leave workers out."
+            self._check("workers" not in content, (*where, "workers"), problem)
+            problem = "write the overrides of a probe under probe."
+            self._check("overrides" not in content, (*where, "overrides"), problem)
         return Evaluation(
             runs=tuple(map(str, runs)),
             overrides=self._overrides(content, where, taken=_OF_EVALUATION),
             recalibrate=recalibrate,
+            probe=probe,
             workers=self._workers(content, where, workers),
         )
+
+    def _text(self, content: dict[str, Any], where: _Where, key: str) -> str | None:
+        value = content.get(key)
+        problem = f"{key} is {value!r}; it must be text."
+        self._check(value is None or isinstance(value, str), (*where, key), problem)
+        return value and value.strip()
 
     def _workers(self, content: dict[str, Any], where: _Where, default: int) -> int:
         value = content.get("workers", default)
@@ -184,7 +213,8 @@ class _Reader:
         key: str = "overrides",
         taken: tuple[str, ...] = TAKEN,
     ) -> Overrides:
-        overrides = self._mapping(content.get(key) or {}, (*where, key))
+        value = content.get(key)
+        overrides = self._mapping({} if value is None else value, (*where, key))
         for name, value in overrides.items():
             place = (*where, key, name)
             self._check(name not in taken, place, f"{name} is chosen by the runner; leave it out.")
