@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from fvcore.common.checkpoint import _filter_reused_missing_keys, _IncompatibleKeys
 
 from ..config import ConfigError
+
+_KEYS_SHOWN = 10
 
 
 def save_atomically(data: Any, path: str) -> None:
@@ -52,3 +56,34 @@ class AtomicCheckpointer(DetectionCheckpointer):
             raise ConfigError(
                 f"MODEL.WEIGHTS (or the checkpoint to resume) {path} cannot be read: {error}"
             ) from error
+
+
+class StrictCheckpointer(AtomicCheckpointer):
+    """Refuses weights that do not fit the model, instead of logging them."""
+
+    def _log_incompatible_keys(self, incompatible: _IncompatibleKeys) -> None:
+        misshaped = {name for name, *_ in incompatible.incorrect_shapes}
+        shapes = [
+            f"{name} {tuple(theirs)} instead of {tuple(ours)}"
+            for name, theirs, ours in incompatible.incorrect_shapes
+        ]
+        missing = set(incompatible.missing_keys) - misshaped
+        missing = _essential(_filter_reused_missing_keys(self.model, list(missing)))
+        parts = {
+            "missing": missing,
+            "not in the model": _essential(incompatible.unexpected_keys),
+            "of another shape": shapes,
+        }
+        problems = [f"{len(keys)} {what}: {_list(keys)}" for what, keys in parts.items() if keys]
+        if problems:
+            raise ConfigError(f"the weights do not fit the model. {'; '.join(problems)}.")
+
+
+def _essential(keys: Iterable[str]) -> list[str]:
+    """Without the counters of training steps, which inference does not use."""
+    return sorted(key for key in keys if not key.endswith("num_batches_tracked"))
+
+
+def _list(keys: list[str]) -> str:
+    more = len(keys) - _KEYS_SHOWN
+    return ", ".join(keys[:_KEYS_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import shlex
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from fvcore.common.checkpoint import _filter_reused_missing_keys, _IncompatibleKeys
 from fvcore.nn import update_bn_stats
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -37,7 +35,7 @@ from ..population import (
     statistics_change,
     untouched,
 )
-from .checkpoint import AtomicCheckpointer, save_atomically
+from .checkpoint import StrictCheckpointer, save_atomically
 from .checks import check_recalibration
 from .setup import begin, installed_versions, load_config, register_datasets
 from .trainer import Trainer
@@ -45,7 +43,6 @@ from .trainer import Trainer
 logger = logging.getLogger(__name__)
 
 _ROWS_SHOWN = 12
-_KEYS_SHOWN = 10
 
 
 def preflight_recalibration(args: argparse.Namespace) -> str:
@@ -108,7 +105,7 @@ def recalibrate(args: argparse.Namespace) -> None:
             f"BN.MODULES {list(cfg.BN.MODULES)} match no BN layer with statistics to recompute. "
             f"{describe_batch_norms(model)}"
         )
-    _StrictCheckpointer(model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    StrictCheckpointer(model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
     node = cfg.BN.POPULATION
     batch_size = node.BATCH_SIZE or cfg.SOLVER.IMS_PER_BATCH
     loader = SinglePassLoader(
@@ -196,37 +193,6 @@ def _folder(args: argparse.Namespace) -> str:
 
 def _record_path(output: Path) -> Path:
     return output.with_suffix(".json")
-
-
-class _StrictCheckpointer(AtomicCheckpointer):
-    """Refuses weights that do not fit the model, instead of logging them."""
-
-    def _log_incompatible_keys(self, incompatible: _IncompatibleKeys) -> None:
-        misshaped = {name for name, *_ in incompatible.incorrect_shapes}
-        shapes = [
-            f"{name} {tuple(theirs)} instead of {tuple(ours)}"
-            for name, theirs, ours in incompatible.incorrect_shapes
-        ]
-        missing = set(incompatible.missing_keys) - misshaped
-        missing = _essential(_filter_reused_missing_keys(self.model, list(missing)))
-        parts = {
-            "missing": missing,
-            "not in the model": _essential(incompatible.unexpected_keys),
-            "of another shape": shapes,
-        }
-        problems = [f"{len(keys)} {what}: {_list(keys)}" for what, keys in parts.items() if keys]
-        if problems:
-            raise ConfigError(f"the weights do not fit the model. {'; '.join(problems)}.")
-
-
-def _essential(keys: Iterable[str]) -> list[str]:
-    """Without the counters of training steps, which inference does not use."""
-    return sorted(key for key in keys if not key.endswith("num_batches_tracked"))
-
-
-def _list(keys: list[str]) -> str:
-    more = len(keys) - _KEYS_SHOWN
-    return ", ".join(keys[:_KEYS_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _collect_by_fvcore(
