@@ -119,12 +119,15 @@ def add_bn_detection_config(cfg: CN) -> None:
     cfg.BN.RENORM = CN()
     # The rows that share statistics: the name of a partition, such as "worker" or "shuffle".
     cfg.BN.RENORM.PARTITION = "worker"
+    # The final limit of r, at least 1; 1 is plain BN.
     cfg.BN.RENORM.R_MAX = 3.0
+    # The final limit of d, at least 0; 0 is plain BN.
     cfg.BN.RENORM.D_MAX = 5.0
-    # Training steps (forwards of a layer) of plain BN; then the limits rise linearly, to R_MAX at
-    # R_ITERS and D_MAX at D_ITERS.
+    # Training steps (forwards of a layer) of plain BN; then both limits rise linearly.
     cfg.BN.RENORM.WARMUP_ITERS = 5000
+    # The step at which the limit of r is R_MAX.
     cfg.BN.RENORM.R_ITERS = 40000
+    # The step at which the limit of d is D_MAX.
     cfg.BN.RENORM.D_ITERS = 25000
     # Whether these steps are multiplied by SOLVER.MAX_ITER / 130,000, the paper's training.
     cfg.BN.RENORM.SCALE_TO_MAX_ITER = False
