@@ -4,6 +4,7 @@ from .checkpoint import AtomicCheckpointer
 from .checks import check_config
 from .evaluation import COCOEvaluator, build_evaluator
 from .launch import WorkerError, argument_parser, launch, run
+from .probing import preflight_probe, probe
 from .recalibration import preflight_recalibration, recalibrate
 from .setup import load_config, preflight, setup
 from .trainer import Trainer, evaluate, train
@@ -20,7 +21,9 @@ __all__ = [
     "launch",
     "load_config",
     "preflight",
+    "preflight_probe",
     "preflight_recalibration",
+    "probe",
     "recalibrate",
     "run",
     "setup",

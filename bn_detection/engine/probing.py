@@ -1,0 +1,92 @@
+"""The leakage probe on a checkpoint, to a file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+from pathlib import Path
+
+from detectron2.config import CfgNode
+
+from ..config import ConfigError
+from ..data import check_dataset_files
+from ..leakage import measure_leakage
+from .checkpoint import StrictCheckpointer
+from .checks import check_config
+from .setup import begin, load_config, register_datasets
+from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def preflight_probe(args: argparse.Namespace) -> str:
+    """Refuse a probe that cannot work, before the model is built.
+
+    Args:
+        args: of ``tools/probe.py``.
+
+    Returns:
+        The device to run on: MODEL.DEVICE.
+
+    Raises:
+        ConfigError: names the key or flag, its value, and what would be right.
+    """
+    output = Path(args.output)
+    if output.suffix != ".json":
+        raise ConfigError(f"--output {output}: the report's name ends in .json.")
+    if output.exists():
+        raise ConfigError(f"--output {output} exists; give another name.")
+    cfg = _load_config(args)
+    check_config(cfg, num_workers=1, eval_only=True, resume=False)
+    if not cfg.DATASETS.TEST:
+        raise ConfigError("DATASETS.TEST is empty: the probe takes its labelled images from there.")
+    register_datasets(cfg)
+    check_dataset_files("DATASETS.TEST", cfg.DATASETS.TEST[0])
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {output}: its folder cannot be made: {error}") from error
+    if not os.access(output.parent, os.W_OK):
+        raise ConfigError(f"--output {output}: its folder cannot be written to.")
+    return cfg.MODEL.DEVICE
+
+
+def probe(args: argparse.Namespace) -> None:
+    """Measure the leakage of MODEL.WEIGHTS, write the report, and print its table.
+
+    Beside the report is a folder with the log and the config (``_probe``).
+
+    Args:
+        args: of ``tools/probe.py``, checked by :func:`preflight_probe`.
+
+    Raises:
+        ConfigError: the weights do not fit the model, or what
+            :func:`bn_detection.leakage.measure_leakage` refuses. Nothing is written.
+    """
+    cfg = begin(_load_config(args), args, _folder(args))
+    model = Trainer.build_model(cfg)
+    StrictCheckpointer(model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    if not cfg.MODEL.WEIGHTS:
+        logger.warning("Probing randomly initialized weights: MODEL.WEIGHTS is empty.")
+    report = measure_leakage(cfg, model)
+    output = Path(args.output)
+    unfinished = output.with_name(f"{output.name}.partial")
+    try:
+        unfinished.write_text(json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n")
+        os.replace(unfinished, output)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    logger.info("%s", report.text())
+    logger.info("Wrote %s", output)
+
+
+def _load_config(args: argparse.Namespace) -> CfgNode:
+    cfg = load_config(args)
+    cfg.OUTPUT_DIR = _folder(args)
+    return cfg
+
+
+def _folder(args: argparse.Namespace) -> str:
+    return f"{args.output.removesuffix('.json')}_probe"
