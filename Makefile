@@ -1,4 +1,5 @@
 # make demo   install, train, evaluate and report on the embedded dataset
+# make study  install and run the leakage study on it, with three seeds
 # make test   install and run the tests (DETECTRON2_SRC=<checkout> for those of a Detectron2 checkout)
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ ifdef DETECTRON2_SRC
 export PYTHONPATH := $(abspath $(DETECTRON2_SRC))$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
 
-.PHONY: install demo test lint clean
+.PHONY: install demo study test lint clean
 
 install: $(STAMP)
 
@@ -27,6 +28,9 @@ $(STAMP): setup.py constraints.txt tools/install_detectron2.py
 
 demo: install
 	$(BIN)/python tools/demo.py --output-dir $(DEMO_DIR)
+
+study: install
+	$(BIN)/python tools/study.py configs/studies/leakage.yaml --jobs 2
 
 test: install
 	$(BIN)/python -m pytest
