@@ -82,9 +82,8 @@ class LeakageReport:
         about = (
             f"{self.dataset}: {self.images} images, {self.rois} RoIs of the training sampler, "
             f"{self.foreground_rois} of them foreground. {changed} layers normalize with other "
-            f"batches: of an image, of {self.images_per_worker} images (a worker's; "
-            "BN.LEAKAGE.IMAGES_PER_WORKER), of as many RoIs of random images, and with population "
-            "statistics."
+            f"batches: the RoIs of an image, those of a worker's images (images a worker: "
+            f"{self.images_per_worker}), as many of random images; and with population statistics."
         )
         if not changed:
             about += (
@@ -211,9 +210,9 @@ def _choose(cfg: CfgNode, per_worker: int) -> list[dict[str, Any]]:
     number = min(wanted or len(records), len(records)) // per_worker * per_worker
     if number < 2 * per_worker:
         raise ConfigError(
-            f'DATASETS.TEST "{name}" with BN.LEAKAGE.NUM_IMAGES {wanted} gives '
-            f"{min(wanted or len(records), len(records))} labelled images; with {per_worker} images "
-            f"a worker (BN.LEAKAGE.IMAGES_PER_WORKER) the probe needs {2 * per_worker} or more."
+            f'DATASETS.TEST "{name}" with BN.LEAKAGE.NUM_IMAGES {wanted}: {len(records)} images '
+            f"have labels, and with {per_worker} images a worker (BN.LEAKAGE.IMAGES_PER_WORKER) "
+            f"the probe needs {2 * per_worker} or more."
         )
     return [records[i] for i in np.arange(number) * len(records) // number]
 
