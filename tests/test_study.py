@@ -73,19 +73,6 @@ def test_baseline_paper_and_probe(tmp_path: Path) -> None:
     assert study.evaluations["batch"].probe is None
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "studies").glob("*.yaml")))
-def test_every_study_that_ships_can_be_planned(path: Path, tmp_path: Path) -> None:
-    study = read_study(path)
-    tasks, results = plan(study, tmp_path, {})
-    assert results.keys() == {
-        (run, name, seed)
-        for name, evaluation in study.evaluations.items()
-        for run in evaluation.runs
-        for seed in study.seeds
-    }
-    assert len({task.record for task in tasks}) == len(tasks)
-
-
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
