@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from . import config
 
 _PAGES = {
-    "BN": ("normalization.md", "population.md"),
+    "BN": ("normalization.md", "adding_a_partition.md"),
     "BN.POPULATION": ("population.md", "recalibration.md"),
     "BN.FREEZE": ("population.md#frozen-endings",),
     "BN.LEVELS": ("levels.md",),
@@ -22,7 +22,7 @@ _PAGES = {
     "BN.SHUFFLE": ("normalization.md#shuffling-without-moving-rois",),
     "BN.GHOST": ("normalization.md",),
     "BN.RENORM": ("normalization.md#batch-renormalization",),
-    "DATASETS": ("../README.md",),
+    "DATASETS": ("../README.md#your-own-dataset-from-yaml-alone",),
     "MODEL.ROI_KEYPOINT_HEAD": ("normalization.md",),
 }
 """Where the keys of a node are explained."""
