@@ -57,7 +57,7 @@ def figure(fig: Figure, alt: str, caption: str) -> Markup:
         fig.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
-    # Ids are those of the page once the SVG is in it, and matplotlib's repeat from figure to figure.
+    # Ids are those of the whole page, and matplotlib repeats its own from figure to figure.
     own = "f" + hashlib.sha256(svg.encode()).hexdigest()[:8]
     svg = re.sub(r'\bid="', f'id="{own}-', svg)
     svg = re.sub(r'(href="|url\()#', rf"\1#{own}-", svg)

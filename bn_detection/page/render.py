@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-MISSING = "–"
+MISSING = "\N{EN DASH}"
 
 
 def render(template: str, **context: Any) -> str:

@@ -73,7 +73,7 @@ def draw_trace(output_dir: Path, layers: Sequence[str] = ("*",)) -> list[Path]:
         for channel, records in traced[layer].items():
             for moment, name in _MOMENTS.items():
                 panel = panels.pop(0)
-                _draw_panel(panel, records, moment)
+                draw_panel(panel, records, moment)
                 panel.set_title(f"channel {channel}: {name}", size=8)
         for panel in panels:
             panel.set_axis_off()
@@ -88,7 +88,14 @@ def draw_trace(output_dir: Path, layers: Sequence[str] = ("*",)) -> list[Path]:
     return figures
 
 
-def _draw_panel(panel: Axes, records: list[dict[str, Any]], moment: str) -> None:
+def draw_panel(panel: Axes, records: list[dict[str, Any]], moment: str) -> None:
+    """Draw the statistics of one channel over iterations.
+
+    Args:
+        panel: where to.
+        records: of one layer and channel, from :func:`read_trace`.
+        moment: "mean" or "var".
+    """
     for kind, style in _STYLES.items():
         points = [(r["iteration"], r[key]) for r in records if (key := f"{kind}_{moment}") in r]
         points = [(x, y) for x, y in points if y is not None]

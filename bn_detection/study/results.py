@@ -1,0 +1,223 @@
+"""What came out of a study: every number of it, by metric, run, evaluation and seed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from .matrix import Cell
+from .statistics import Estimate, estimate, paired_difference
+from .study_file import Study
+
+TRAINING = "training"
+"""What stands for the evaluation where a number is of the training itself."""
+
+BOX_AP = "box AP"
+TRAINING_ACCURACY = "training accuracy"
+_TASKS = {"bbox": BOX_AP, "segm": "mask AP", "keypoints": "keypoint AP"}
+_OF_PROBE = {
+    "accuracy": "accuracy",
+    "loss": "loss",
+    "box_ap": "box AP",
+    "mask_accuracy": "mask accuracy",
+    "mask_loss": "mask loss",
+    "mask_ap": "mask AP",
+}
+LEAKAGES = tuple(
+    f"{kind} in {name}" for name in ("accuracy", "box AP") for kind in ("leakage", "inconsistency")
+)
+HEADLINES = (BOX_AP, "mask AP", "keypoint AP", TRAINING_ACCURACY, *LEAKAGES)
+"""The metrics that have a table each, where there is a number of them."""
+
+
+class Measured(NamedTuple):
+    """A number, with its 95 % interval over images where it was computed.
+
+    Attributes:
+        value: None where it is not defined.
+        low: lower end of the interval; None without one.
+        high: upper end.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training that has left something in its folder.
+
+    Attributes:
+        folder: its OUTPUT_DIR.
+        versions: of the installed packages.
+        device: the model of the CPU or GPU; None where it is not recorded.
+        seconds: of its last start; None where it did not succeed.
+        curves: by scalar, value by iteration from 0.
+    """
+
+    folder: Path
+    versions: dict[str, str]
+    device: str | None
+    seconds: float | None
+    curves: dict[str, dict[int, float]]
+
+    def read_config(self) -> dict[str, Any]:
+        """The whole config; empty where it is not recorded."""
+        path = self.folder / "config.yaml"
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        return yaml.load(path.read_text(), loader) if path.is_file() else {}
+
+    @property
+    def accuracy(self) -> float | None:
+        """Mean accuracy on foreground RoIs over the last fifth of the iterations, in percent."""
+        curve = self.curves.get("fast_rcnn/fg_cls_accuracy", {})
+        start = 0.8 * (max(curve, default=0) + 1)
+        last = [value for iteration, value in curve.items() if iteration >= start]
+        return 100 * sum(last) / len(last) if last else None
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """The numbers of a study.
+
+    Attributes:
+        study: the study.
+        values: by metric, by run and evaluation, by seed.
+        metrics: what each evaluation wrote, by run, evaluation and seed.
+        trainings: by run and seed.
+    """
+
+    study: Study
+    values: dict[str, dict[tuple[str, str], dict[int, Measured]]] = field(default_factory=dict)
+    metrics: dict[str, dict[str, dict[int, Any]]] = field(default_factory=dict)
+    trainings: dict[tuple[str, int], Training] = field(default_factory=dict)
+
+    def add(self, metric: str, cell: Cell, measured: Measured) -> None:
+        """Keep a number."""
+        place = self.values.setdefault(metric, {}).setdefault((cell.run, cell.evaluation), {})
+        place[cell.seed] = measured
+
+    def evaluations(self, metric: str) -> list[str]:
+        """The evaluations that have numbers of a metric, in the order of the study."""
+        found = {evaluation for _, evaluation in self.values.get(metric, {})}
+        return [name for name in (*self.study.evaluations, TRAINING) if name in found]
+
+    def by_seed(self, metric: str, run: str, evaluation: str) -> dict[int, float | None]:
+        """The values of one run under one evaluation; empty where there is none."""
+        place = self.values.get(metric, {}).get((run, evaluation), {})
+        return {seed: place[seed].value for seed in sorted(place)}
+
+    def estimate(self, metric: str, run: str, evaluation: str) -> Estimate:
+        """Mean and interval over the seeds; with one seed, its interval over images if known."""
+        place = self.values.get(metric, {}).get((run, evaluation), {})
+        if len(place) == 1:
+            ((value, low, high),) = place.values()
+            if low is not None:
+                return Estimate(value, low, high, 1, "images")
+        return estimate([measured.value for measured in place.values()])
+
+    def difference(self, metric: str, run: str, evaluation: str) -> Estimate:
+        """Difference to the baseline run under the same evaluation, paired over the seeds."""
+        return paired_difference(
+            self.by_seed(metric, run, evaluation),
+            self.by_seed(metric, self.study.baseline, evaluation),
+        )
+
+
+def collect_results(study: Study, results: Mapping[Cell, Path], folder: Path) -> StudyResults:
+    """Read all that a study has made.
+
+    Args:
+        study: the study.
+        results: by cell that is done, its ``results.json``, or ``probe.json`` of a probe.
+        folder: of the study, with the trainings.
+
+    Returns:
+        The numbers; percent, points (differences of percents), or nats an RoI for losses.
+    """
+    collected = StudyResults(study)
+    for cell, path in results.items():
+        content = json.loads(path.read_text())
+        if study.evaluations[cell.evaluation].probe is None:
+            content = content["results"]
+            for task, name in _TASKS.items():
+                if task in content:
+                    collected.add(name, cell, Measured(content[task]["AP"]))
+        else:
+            _add_probe(collected, cell, content)
+        by_run = collected.metrics.setdefault(cell.run, {})
+        by_run.setdefault(cell.evaluation, {})[cell.seed] = content
+    for run in study.runs:
+        for seed in study.seeds:
+            place = folder / run / f"seed_{seed}"
+            if place.is_dir():
+                training = _read_training(place)
+                collected.trainings[run, seed] = training
+                # The accuracy of a training that has not come to its end is that of its middle.
+                if training.seconds is not None and training.accuracy is not None:
+                    cell = Cell(run, TRAINING, seed)
+                    collected.add(TRAINING_ACCURACY, cell, Measured(training.accuracy))
+    return collected
+
+
+def unit(metric: str) -> str:
+    """The unit of a metric."""
+    if metric.startswith(("leakage", "inconsistency")) or metric.endswith("limit"):
+        return "nats an RoI" if metric.endswith("loss") else "points"
+    return "nats an RoI" if "loss" in metric else "%"
+
+
+def decimals(metric: str) -> int:
+    """The decimals that a metric is shown with."""
+    return 3 if "loss" in metric else 1
+
+
+def _add_probe(collected: StudyResults, cell: Cell, content: dict[str, Any]) -> None:
+    named = {f"{{}}, {mode.replace('_', ' ')}": of for mode, of in content["modes"].items()}
+    named |= {f"{kind} in {{}}": content[kind] for kind in ("leakage", "inconsistency")}
+    for name, numbers in named.items():
+        for key, number in numbers.items():
+            collected.add(name.format(_OF_PROBE[key]), cell, _measured(number))
+    if content["limit"] is not None:
+        collected.add("accuracy above the limit", cell, _measured(content["limit"]["above"]))
+
+
+def _measured(number: dict[str, float | None]) -> Measured:
+    return Measured(number["value"], number["low"], number["high"])
+
+
+def _read_training(folder: Path) -> Training:
+    versions = _read_json(folder / "versions.json")
+    return Training(
+        folder,
+        versions=versions.get("versions", {}),
+        device=versions.get("device"),
+        seconds=_read_json(folder / "training.json").get("seconds"),
+        curves=_read_curves(folder / "metrics.json"),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The content of a file; empty where there is none."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _read_curves(path: Path) -> dict[str, dict[int, float]]:
+    """Detectron2's scalars; what ran again after an interruption replaces what it had written."""
+    curves: dict[str, dict[int, float]] = {}
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # cut short by a kill
+            continue
+        for name, value in record.items():
+            if isinstance(value, (int, float)) and math.isfinite(value) and name != "iteration":
+                curves.setdefault(name, {})[record["iteration"]] = float(value)
+    return {name: dict(sorted(curve.items())) for name, curve in curves.items()}

@@ -1,0 +1,85 @@
+"""Means, intervals and paired differences over the seeds of a study."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+
+
+class Estimate(NamedTuple):
+    """A mean with its 95 % interval.
+
+    Attributes:
+        mean: None where no value is defined.
+        low: lower end of the interval; None where there is none.
+        high: upper end.
+        number: values that the mean is of.
+        over: what the interval is over: "seeds" or "images".
+    """
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    number: int
+    over: str = "seeds"
+
+    @property
+    def half_width(self) -> float | None:
+        """Half the width of the interval, or None."""
+        return None if self.low is None else (self.high - self.low) / 2
+
+    @property
+    def sign(self) -> int | None:
+        """1 where the interval is above zero, -1 below, 0 where it has zero, None without one."""
+        if self.low is None:
+            return None
+        return int(self.low > 0) - int(self.high < 0)
+
+
+def estimate(values: Sequence[float | None]) -> Estimate:
+    """Mean of the values that are defined, and Student's interval for it.
+
+    For n values with standard deviation s (of n - 1 degrees of freedom), mean plus and minus
+    t(0.975, n - 1) s / sqrt(n): Student, *The probable error of a mean*, Biometrika 6 (1908).
+
+    Args:
+        values: one a seed; None where it is not defined.
+
+    Returns:
+        The mean, without an interval for a single value.
+    """
+    defined = [value for value in values if value is not None]
+    number = len(defined)
+    if number == 0:
+        return Estimate(None, None, None, 0)
+    mean = float(np.mean(defined))
+    if number == 1:
+        return Estimate(mean, None, None, 1)
+    error = float(np.std(defined, ddof=1)) / math.sqrt(number)
+    half = float(stats.t.ppf((1 + LEVEL) / 2, number - 1)) * error
+    return Estimate(mean, mean - half, mean + half, number)
+
+
+def paired_difference(
+    values: Mapping[int, float | None], reference: Mapping[int, float | None]
+) -> Estimate:
+    """Mean difference of two variants over the seeds that both have, with its interval.
+
+    A seed gives both variants the same initial weights and the same images in the same order, so
+    differences of one seed vary less than the variants themselves.
+
+    Args:
+        values: by seed.
+        reference: by seed; subtracted.
+
+    Returns:
+        The :func:`estimate` of the differences.
+    """
+    pairs = [(values[seed], reference[seed]) for seed in values if seed in reference]
+    return estimate([a - b for a, b in pairs if a is not None and b is not None])
