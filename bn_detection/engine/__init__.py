@@ -2,6 +2,7 @@
 
 from .checkpoint import AtomicCheckpointer
 from .checks import check_config
+from .diagnosis import diagnose, preflight_diagnosis
 from .evaluation import COCOEvaluator, build_evaluator
 from .launch import WorkerError, argument_parser, launch, run
 from .probing import preflight_probe, probe
@@ -17,10 +18,12 @@ __all__ = [
     "argument_parser",
     "build_evaluator",
     "check_config",
+    "diagnose",
     "evaluate",
     "launch",
     "load_config",
     "preflight",
+    "preflight_diagnosis",
     "preflight_probe",
     "preflight_recalibration",
     "probe",

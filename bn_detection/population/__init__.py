@@ -1,7 +1,7 @@
 """The statistics that inference uses: how they are estimated, and are the same on all workers."""
 
 from .average import AverageStatistics, average_running_statistics
-from .change import StatisticsChange, statistics_change
+from .change import StatisticsChange, change_between, statistics_change
 from .collect import (
     ROIS,
     apply_statistics,
@@ -28,6 +28,7 @@ __all__ = [
     "apply_statistics",
     "average_running_statistics",
     "batch_norms_in_training",
+    "change_between",
     "collect_statistics",
     "describe_batch_norms",
     "estimate_statistics",

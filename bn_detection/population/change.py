@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,11 @@ class StatisticsChange:
         return float(self.std.square().mean().sqrt())
 
     @property
+    def rms(self) -> float:
+        """Both together: the root of the sum of the squares of ``rms_mean`` and ``rms_std``."""
+        return math.hypot(self.rms_mean, self.rms_std)
+
+    @property
     def largest_channel(self) -> int:
         """The channel in which the larger of the two is largest."""
         return int(torch.maximum(self.mean.abs(), self.std.abs()).argmax())
@@ -49,6 +55,19 @@ def statistics_change(layer: nn.Module, new: PopulationStatistics) -> Statistics
         layer: a BN layer with running statistics of C channels.
         new: of the layer.
     """
-    old_mean, old_var = layer.running_mean.double(), layer.running_var.double()
-    old_std, new_std = (old_var + layer.eps).sqrt(), (new.var + layer.eps).sqrt()
-    return StatisticsChange((new.mean - old_mean) / old_std, (new_std / old_std).log())
+    old = layer.running_mean.double(), layer.running_var.double()
+    return change_between(old, (new.mean, new.var), layer.eps)
+
+
+def change_between(
+    old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], eps: float
+) -> StatisticsChange:
+    """Compare two means and variances of the same channels.
+
+    Args:
+        old: mean and variance, ``(C,)`` float64 each.
+        new: likewise.
+        eps: that the layer adds to the variance.
+    """
+    old_std, new_std = (old[1] + eps).sqrt(), (new[1] + eps).sqrt()
+    return StatisticsChange((new[0] - old[0]) / old_std, (new_std / old_std).log())

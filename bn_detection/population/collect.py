@@ -58,6 +58,7 @@ def collect_statistics(
     tolerance: float = 0.0,
     rois: str = "training",
     allow_fewer: bool = False,
+    listener: Callable[[str, GroupStatistics], None] | None = None,
 ) -> dict[str, PopulationStatistics]:
     """Estimate population statistics from forward passes.
 
@@ -88,6 +89,8 @@ def collect_statistics(
         allow_fewer: whether to use what there is where ``batches`` end early. Each worker then
             uses all of its own, unless layers share statistics over the workers: these need every
             worker, so all stop with the first.
+        listener: called with the name of a layer and the mini-batch statistics of its groups, at
+            each call of the layer.
 
     Returns:
         By layer name.
@@ -105,7 +108,7 @@ def collect_statistics(
             f"No BatchNorm layer in training mode matches {list(modules)}: there are no statistics "
             "to estimate. Frozen layers and those of a model in eval mode do not take part."
         )
-    collector = _Collector(layers, ESTIMATORS[estimator], num_batches)
+    collector = _Collector(layers, ESTIMATORS[estimator], num_batches, listener)
     with untouched(model), collector.observing():
         if rois == "inference":
             model.eval()
@@ -210,11 +213,16 @@ class _Used(NamedTuple):
 
 class _Collector:
     def __init__(
-        self, layers: dict[str, nn.Module], estimator: Estimator, num_batches: int
+        self,
+        layers: dict[str, nn.Module],
+        estimator: Estimator,
+        num_batches: int,
+        listener: Callable[[str, GroupStatistics], None] | None,
     ) -> None:
         self.batches = self.images = 0
         self._estimator = estimator
         self._num_batches = num_batches
+        self._listener = listener
         self._ended = False
         self._start = self._logged = time.monotonic()
         self._layers = layers
@@ -287,6 +295,8 @@ class _Collector:
             )
 
     def _observe(self, name: str, statistics: GroupStatistics, spans_workers: bool) -> None:
+        if self._listener is not None:
+            self._listener(name, statistics)
         kept = self._estimator.keep(statistics)
         if spans_workers and dist.get_rank() > 0:
             kept.zero_()  # all workers have them; they count once
