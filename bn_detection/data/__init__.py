@@ -12,6 +12,7 @@ from .image_folder import IMAGE_SUFFIXES, register_image_folder
 from .leaky_shapes import (
     LeakyShapesConfig,
     draw_image,
+    draw_shape,
     honest_accuracy_limit,
     make_leaky_shapes,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "check_datasets",
     "check_num_classes",
     "draw_image",
+    "draw_shape",
     "honest_accuracy_limit",
     "make_leaky_shapes",
     "read_unreadable",

@@ -227,7 +227,7 @@ def draw_image(config: LeakyShapesConfig, seed: int, split: str, index: int) -> 
         level = config.class_step * (label - (config.num_classes - 1) / 2)
         own = float(rng.normal(0, config.object_std))
         brightness = config.base_brightness + level + cast + own
-        mask, polygon = _shape(rng, *box)
+        mask, polygon = draw_shape(rng, *box)
         period = scale * config.texture_period
         patch = brightness + _texture(config, rng, label, period, *box[2:])
         patch += rng.normal(0, config.pixel_noise, mask.shape)
@@ -275,10 +275,17 @@ def _layout(
     )
 
 
-def _shape(
+def draw_shape(
     rng: np.random.Generator, x: int, y: int, width: int, height: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """An oval, a squircle, a rounded box or an octagon that touches all sides of its box.
+
+    Args:
+        rng: draws which of them.
+        x: left side of the box, px.
+        y: its top, px.
+        width: of the box, px.
+        height: of the box, px.
 
     Returns:
         Its pixels, bool ``(height, width)``, and its outline in the image, float64 ``(V, 2)``.

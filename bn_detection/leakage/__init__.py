@@ -1,12 +1,15 @@
 """What leaks between the RoIs of an image through a normalization batch: measured, and bounded."""
 
 from .intervals import Estimate
+from .limits import LimitComparison, sampled_accuracy_limit
 from .probe import LeakageReport, check_probe, images_per_worker, measure_leakage
 
 __all__ = [
     "Estimate",
     "LeakageReport",
+    "LimitComparison",
     "check_probe",
     "images_per_worker",
     "measure_leakage",
+    "sampled_accuracy_limit",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -28,11 +28,20 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from ..config import ConfigError
+from ..data import LeakyShapesConfig
 from ..population import untouched
 from .average_precision import AveragePrecision
 from .batches import MODES, batch_norms, normalization_batches, normalizing, run_in_batches
 from .intervals import Estimate, Ratio, resample
-from .rois import ImageRois, coco_objects, labelled_images, sample_rois
+from .limits import LimitComparison, compare_with_limit, leaky_shapes_config
+from .rois import (
+    ImageRois,
+    coco_objects,
+    labelled_images,
+    receptive_margin,
+    sample_rois,
+    sees_one_object,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +68,8 @@ class LeakageReport:
         modes: metrics by mode.
         leakage: own worker minus shuffled: what the head reads from the RoIs of its own images.
         inconsistency: own worker minus population: what it loses at inference.
+        limit: on LeakyShapes, the accuracy of "own_worker" against the best possible from one
+            object; None elsewhere, and where no RoI sees one object alone.
     """
 
     dataset: str
@@ -71,10 +82,11 @@ class LeakageReport:
     modes: dict[str, Metrics]
     leakage: Metrics
     inconsistency: Metrics
+    limit: LimitComparison | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and numbers; null for what there is none of."""
-        return _plain(self)
+        return _plain(vars(self))
 
     def text(self) -> str:
         """For a terminal: the table, and how to read it."""
@@ -94,7 +106,16 @@ class LeakageReport:
             " AP on the sampler's RoIs, which hold the ground truth boxes, compares the modes; it "
             "is not the detector's AP."
         )
-        return f"{about}\n{self.table()}"
+        text = f"{about}\n{self.table()}"
+        if self.limit is not None:
+            limit = self.limit
+            text += (
+                f"\nFrom one object ({limit.cue}) an accuracy of {limit.limit:.1f} % is possible "
+                f"({limit.method}). On the {limit.rois} foreground RoIs that see one object only, "
+                f"with the own worker's batch, it is {_cell(limit.accuracy)} %: "
+                f"{_cell(limit.above)} points above."
+            )
+        return text
 
     def table(self) -> str:
         """For a terminal: a row a mode and a difference, a column a metric."""
@@ -145,10 +166,12 @@ def measure_leakage(cfg: CfgNode, model: nn.Module, *, num_workers: int = 1) -> 
     scores = _Scores(model, modes, per_worker)
     with untouched(model), torch.no_grad():
         model.eval()
+        scores.look_for_limit(cfg.DATASETS.TEST[0])
         rois = sample_rois(cfg, model, records, masks=mask is not None)
+        name = cfg.DATASETS.TEST[0]
         for window in _windows(rois, len(records), per_worker, cfg.BN.LEAKAGE.SHUFFLED_IMAGES):
             scores.add(window)
-    return scores.report(cfg.DATASETS.TEST[0], cfg.BN.LEAKAGE.RESAMPLES)
+    return scores.report(name, cfg.BN.LEAKAGE.RESAMPLES)
 
 
 def check_probe(cfg: CfgNode, model: nn.Module) -> None:
@@ -275,22 +298,24 @@ class _OfMode:
         self.masks: list[dict[str, Any]] = []
         self.batch_sizes: list[int] = []
 
-    def put(self, **values: float) -> None:
-        for name, value in values.items():
-            self.sums.setdefault(name, []).append(value)
+    def put(self, name: str, of_images: Iterable[float]) -> None:
+        self.sums.setdefault(name, []).extend(of_images)
 
 
 class _Scores:
     """Collects the results of each image, and makes the report of them."""
 
     def __init__(self, model: nn.Module, modes: dict[str, str], per_worker: int) -> None:
-        self._heads = model.roi_heads
+        self._model, self._heads = model, model.roi_heads
         self._box, self._mask = _box_head(self._heads), _mask_head(self._heads)
         self._modes, self._per_worker = modes, per_worker
         self._of = {mode: _OfMode() for mode in dict.fromkeys(modes.values())}
         self._images: list[dict[str, Any]] = []
         self._objects: list[dict[str, Any]] = []
         self._counts: list[tuple[int, int]] = []
+        self._dials: LeakyShapesConfig | None = None
+        self._margin = 0
+        self._alone: list[int] = []
         self._windows = 0
         layers = {"roi_heads.box_head": self._heads.box_head}
         layers["roi_heads.box_predictor"] = self._heads.box_predictor
@@ -298,6 +323,14 @@ class _Scores:
         self._names = [
             f"{head}.{n}" for head, module in layers.items() for n in batch_norms(module)
         ]
+
+    def look_for_limit(self, dataset: str) -> None:
+        """Note which RoIs see one object only, if the dataset's best accuracy is known."""
+        self._dials = leaky_shapes_config(dataset)
+        if self._dials is not None:
+            self._margin = receptive_margin(
+                self._model, self._dials.image_size, self._heads.box_in_features
+            )
 
     def add(self, window: list[ImageRois]) -> None:
         """Run the heads on a window of images, in every mode."""
@@ -309,6 +342,10 @@ class _Scores:
             self._objects += coco_objects(number, image.record, self._mask is not None)
             self._counts.append((len(image.proposals), int(image.foreground.sum())))
         batch = _Window(window, self._images[first:])
+        if self._dials is not None:
+            alone = [sees_one_object(image, self._margin) for image in window]
+            self._alone += [int(of_image.sum()) for of_image in alone]
+            batch.alone = torch.cat(alone)
         for mode, kept in self._of.items():
             logits, deltas = self._run(self._box, batch.box_features, batch.counts, mode, kept)
             kept_boxes = self._score_boxes(batch, logits, deltas, kept)
@@ -318,8 +355,8 @@ class _Scores:
                 )
                 self._score_masks(batch, masks, kept_boxes, kept)
             elif self._mask is not None:
-                for _ in window:
-                    kept.put(mask_correct=0, mask_loss=0, pixels=0)
+                for name in ("mask_correct", "mask_loss", "pixels"):
+                    kept.put(name, [0] * len(window))
         self._windows += 1
 
     def _run(
@@ -352,9 +389,9 @@ class _Scores:
     ) -> list[tuple[Instances, Tensor]]:
         loss = cross_entropy(logits, batch.classes, reduction="none").double()
         correct = (logits.argmax(1) == batch.classes) & batch.foreground
-        parts = zip(loss.split(batch.counts), correct.split(batch.counts), strict=True)
-        for of_loss, of_correct in parts:
-            kept.put(loss=of_loss.sum().item(), correct=of_correct.sum().item())
+        values = {"loss": loss, "correct": correct, "alone_correct": correct & batch.alone}
+        for name, of_rois in values.items():
+            kept.put(name, (of_image.sum().item() for of_image in of_rois.split(batch.counts)))
         found, rows = self._heads.box_predictor.inference((logits, deltas), batch.proposals)
         for image, instances in zip(batch.images, found, strict=True):
             copied = Instances(instances.image_size, **instances.get_fields())
@@ -375,15 +412,14 @@ class _Scores:
         logits = masks[rows, torch.zeros_like(classes) if agnostic else classes]
         targets = batch.mask_targets(masks.shape[-1])
         loss = binary_cross_entropy_with_logits(logits, targets.float(), reduction="none")
-        of_roi = loss.double().sum((1, 2)), ((logits > 0) == targets).sum((1, 2))
-        parts = (values.split(batch.foreground_counts) for values in of_roi)
-        for of_loss, of_correct in zip(*parts, strict=True):
-            pixels = len(of_loss) * masks.shape[-1] ** 2
-            kept.put(
-                mask_loss=of_loss.sum().item(),
-                mask_correct=of_correct.sum().item(),
-                pixels=pixels,
-            )
+        values = {
+            "mask_loss": loss.double(),
+            "mask_correct": (logits > 0) == targets,
+            "pixels": torch.ones_like(targets),
+        }
+        for name, of_pixels in values.items():
+            of_images = of_pixels.sum((1, 2)).split(batch.foreground_counts)
+            kept.put(name, (of_image.sum().item() for of_image in of_images))
         of_images = masks.split(batch.foreground_counts)
         everything = zip(batch.images, batch.window, found, of_images, strict=True)
         for image, rois, (instances, of_rows), of_image in everything:
@@ -424,7 +460,17 @@ class _Scores:
             },
             leakage=difference("shuffled"),
             inconsistency=difference("population"),
+            limit=self._limit(weights),
         )
+
+    def _limit(self, weights: np.ndarray) -> LimitComparison | None:
+        rois = sum(self._alone)
+        if self._dials is None or rois == 0:
+            return None
+        own = self._of[self._modes["own_worker"]]
+        correct = np.array(own.sums["alone_correct"])
+        accuracy = Ratio(100 * correct, np.array(self._alone))(weights)
+        return compare_with_limit(self._dials, accuracy, rois)
 
     def _metrics(self, kept: _OfMode) -> dict[str, Metric]:
         rois, foreground = np.array(self._counts).T
@@ -460,6 +506,7 @@ class _Window:
         self.mask_features: Tensor | None = None
         if window[0].mask_features is not None:
             self.mask_features = torch.cat([image.mask_features for image in window])
+        self.alone = torch.zeros_like(self.foreground)
         self._targets: Tensor | None = None
 
     def mask_targets(self, side: int) -> Tensor:
@@ -518,10 +565,8 @@ def _mask_detections(
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Estimate):
+    if isinstance(value, Estimate | LimitComparison):
         return value.to_json()
-    if isinstance(value, LeakageReport):
-        return {key: _plain(item) for key, item in vars(value).items()}
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return value

@@ -154,6 +154,18 @@ def coco_objects(number: int, record: dict[str, Any], masks: bool) -> list[dict[
     return objects
 
 
+def sees_one_object(image: ImageRois, margin: float) -> Tensor:
+    """Which foreground RoIs, grown by ``margin`` px on each side, touch one object only.
+
+    Returns:
+        Bool ``(R,)``.
+    """
+    boxes, objects = image.proposals.proposal_boxes.tensor, image.objects.tensor
+    low = torch.maximum(boxes[:, None, :2] - margin, objects[:, :2])
+    high = torch.minimum(boxes[:, None, 2:] + margin, objects[:, 2:])
+    return image.foreground & ((low < high).all(2).sum(1) == 1)
+
+
 def receptive_margin(model: nn.Module, size: int, names: list[str]) -> int:
     """How far beyond its box the pooled features of an RoI can see, px.
 
