@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from PIL import Image
 
 from bn_detection.config import ConfigError
 from bn_detection.data import make_leaky_shapes
 from bn_detection.study.folder import claimed
-from bn_detection.study.matrix import Cell, Task, execute, plan
+from bn_detection.study.matrix import plan
+from bn_detection.study.process import write_json
 from bn_detection.study.runner import run_study
 from bn_detection.study.study_file import read_study
-from bn_detection.study.summary import mean_and_half_width, summarize
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "quickstart" / "mask_rcnn_bn.yaml"
@@ -140,7 +140,7 @@ def test_the_command_line_wins_over_the_file_and_a_run_over_all_runs(tmp_path: P
     shared = "overrides: {SOLVER.MAX_ITER: 9, SOLVER.BASE_LR: 0.5}\n"
     text = STUDY.replace("runs:\n  BN", f"{shared}runs:\n  BN")
     study = read_study(write(tmp_path, text))
-    tasks, _ = plan(study, tmp_path, {"SOLVER.BASE_LR": "0.25"})
+    tasks, *_ = plan(study, tmp_path, {"SOLVER.BASE_LR": "0.25"})
     titles = [task.title for task in tasks]
     assert titles[:3] == ["BN, seed 1: training", "BN, seed 1: batch", "GN, seed 1: training"]
     training, batch = tasks[0].command, tasks[1].command
@@ -154,7 +154,7 @@ def test_the_command_line_wins_over_the_file_and_a_run_over_all_runs(tmp_path: P
 def test_recalibration_comes_between_training_and_evaluation(tmp_path: Path) -> None:
     recalibrate = "recalibrate: {BN.POPULATION.ESTIMATOR: pooled}\n    workers: 2"
     text = STUDY.replace("overrides: {BN.INFERENCE: batch}", recalibrate)
-    tasks, results = plan(read_study(write(tmp_path, text)), tmp_path, {})
+    tasks, results, _ = plan(read_study(write(tmp_path, text)), tmp_path, {})
     training, recalibration, evaluation = tasks[:3]
     assert (recalibration.needs, evaluation.needs) == (training, recalibration)
     assert option(recalibration.command, "MODEL.WEIGHTS").endswith("model_final.pth")
@@ -167,56 +167,13 @@ def test_recalibration_comes_between_training_and_evaluation(tmp_path: Path) -> 
     assert results["BN", "batch", 1] == (evaluation, path)
 
 
-def shell(folder: Path, name: str, code: str, needs: Task | None = None) -> Task:
-    return Task(name, name, [sys.executable, "-c", code], folder / f"{name}.json", needs)
-
-
-def test_a_failure_is_shown_and_does_not_stop_the_rest(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    note = f"open({str(tmp_path / 'notes')!r}, 'a').write"
-    good = shell(tmp_path, "good", f"{note}('good ')")
-    bad = shell(tmp_path, "bad", "print('the reason'); raise SystemExit(3)")
-    after_bad = shell(tmp_path, "after_bad", f"{note}('after_bad ')", bad)
-    other = shell(tmp_path, "other", f"{note}('other ')", good)
-    assert execute([good, bad, after_bad, other]) == {bad, after_bad}
-    assert (tmp_path / "notes").read_text() == "good other "
-    printed = capfd.readouterr().out
-    for part in ("[2 of 4] bad failed (3)", "the reason", "[3 of 4] after_bad: left out"):
-        assert part in printed
-    # Again: only what has not been done.
-    bad.command[-1] = f"{note}('bad ')"
-    assert execute([good, bad, after_bad, other]) == set()
-    assert (tmp_path / "notes").read_text() == "good other bad after_bad "
-
-
-def test_time_left_is_that_of_the_kinds_that_are_known(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    tasks = [shell(tmp_path, str(k), "pass") for k in range(4)]
-    for task in tasks:
-        task.kind = "same"
-    tasks[0].record.write_text(json.dumps({"seconds": 200}))
-    execute(tasks[:1] + tasks[1:])
-    assert "[2 of 4] 1 (study: about 10 min left)" in capfd.readouterr().out
-
-
-def test_leftovers_of_an_interrupted_attempt_are_removed(tmp_path: Path) -> None:
-    left = tmp_path / "new.pth"
-    left.write_text("half")
-    task = shell(tmp_path, "task", f"open({str(left)!r}, 'x')")
-    task.leftovers = (left, tmp_path / "never.json")
-    assert execute([task]) == set()
-    assert left.read_text() == ""
-
-
 def test_a_folder_of_another_study_is_refused(tmp_path: Path) -> None:
     study = read_study(write(tmp_path, STUDY))
     folder = tmp_path / "output"
-    with claimed(folder, study, {}):
+    with claimed(folder, study, {}, {}):
         pass
     more = STUDY.replace("seeds: [1, 2]", "seeds: [3]").replace("  batch:", "  more:\n  batch:")
-    with claimed(folder, read_study(write(tmp_path, more)), {}):
+    with claimed(folder, read_study(write(tmp_path, more)), {}, {}):
         pass
     for text, name, overrides, words in (
         (STUDY, "other.yaml", {}, ["another study", "small", "other"]),
@@ -225,104 +182,154 @@ def test_a_folder_of_another_study_is_refused(tmp_path: Path) -> None:
         (STUDY, "small.yaml", {"SOLVER.BASE_LR": "1"}, ["command line", "SOLVER.BASE_LR"]),
     ):
         changed = read_study(write(tmp_path, text, name))
-        with pytest.raises(ConfigError) as info, claimed(folder, changed, overrides):
+        with pytest.raises(ConfigError) as info, claimed(folder, changed, overrides, {}):
             pass
         for word in (str(folder), *words):
             assert word in str(info.value)
-    with pytest.raises(ConfigError, match="none of a study"), claimed(tmp_path, study, {}):
+    with pytest.raises(ConfigError, match="none of a study"), claimed(tmp_path, study, {}, {}):
         pass
 
 
-@pytest.mark.timeout(60)
-def test_a_folder_is_kept_by_what_a_killed_runner_left_behind(tmp_path: Path) -> None:
-    study = read_study(write(tmp_path, STUDY))
-    folder = tmp_path / "output"
-    with claimed(folder, study, {}) as descriptor:
-        command = [sys.executable, "-c", "input()"]
-        orphan = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[descriptor])
-    try:
-        with pytest.raises(ConfigError, match="Another process works in"):
-            claimed(folder, study, {}).__enter__()
-    finally:
-        orphan.communicate(b"\n")
-    with claimed(folder, study, {}):
-        pass
+def test_a_config_file_that_has_changed_is_refused(tmp_path: Path) -> None:
+    config = write(tmp_path, f"_BASE_: {CONFIG}\nSOLVER: {{BASE_LR: 0.02}}\n", "mine.yaml")
+    path, folder = write(tmp_path, STUDY.replace(str(CONFIG), "mine.yaml", 1)), tmp_path / "out"
+
+    def claim() -> None:
+        study = read_study(path)
+        with claimed(folder, study, {}, plan(study, folder, {}).configs):
+            pass
+
+    claim()
+    settings = json.loads((folder / "study.json").read_text())
+    config.write_text(config.read_text() + "# The same.\n")
+    claim()
+    config.write_text(config.read_text().replace("0.02", "0.05"))
+    with pytest.raises(ConfigError) as info:
+        claim()
+    for word in ("run BN", str(config), "SOLVER.BASE_LR was 0.02, and is 0.05", "--output-dir"):
+        assert word in str(info.value)
+    # What an earlier version left: no configs, the name of the file, every key of an evaluation.
+    for name in ("config of run BN", "config of run GN"):
+        del settings[name]
+    settings["run BN"]["config"] = "elsewhere/mine.yaml"
+    settings["evaluation batch"]["recalibrate"] = None
+    (folder / "study.json").write_text(json.dumps(settings))
+    claim()
+
+
+def test_a_probe_has_the_images_of_a_worker_of_the_training(tmp_path: Path) -> None:
+    text = STUDY.replace("seeds", "workers: 2\noverrides: {SOLVER.IMS_PER_BATCH: 6}\nseeds")
+    probe = (
+        "    recalibrate: {BN.POPULATION.ESTIMATOR: pooled}\n    probe: {BN.LEAKAGE.RESAMPLES: 9}"
+    )
+    text = text.replace("    overrides: {BN.INFERENCE: batch}", probe)
+    tasks, results, _ = plan(read_study(write(tmp_path, text)), tmp_path, {})
+    _, recalibration, measured = tasks[:3]
+    assert measured.needs == recalibration
+    assert "--num-gpus" not in measured.command
+    assert option(measured.command, "BN.LEAKAGE.IMAGES_PER_WORKER") == "3"
+    assert option(measured.command, "BN.LEAKAGE.RESAMPLES") == "9"
+    assert option(measured.command, "MODEL.WEIGHTS").endswith("recalibrated.pth")
+    path = tmp_path / "BN" / "seed_1" / "evaluations" / "batch" / "probe.json"
+    assert option(measured.command, "--output") == str(path)
+    assert measured.leftovers == (path,)
+    assert results["BN", "batch", 1] == (measured, path)
+    # Virtual workers are in the config, where the probe finds them.
+    virtual = text.replace("{SOLVER", "{BN.VIRTUAL_WORKERS: 2, BN.VIRTUAL_LOSSES: True, SOLVER", 1)
+    tasks = plan(read_study(write(tmp_path, virtual)), tmp_path, {}).tasks
+    assert "BN.LEAKAGE.IMAGES_PER_WORKER" not in tasks[2].command
 
 
 @pytest.mark.parametrize(
-    ("values", "mean", "half_width"),
+    ("arguments", "words"),
     [
-        ([50.0], 50.0, None),
-        # Two-sided 95 % points of Student's t from tables: 12.706, 4.303, 2.776, 2.262.
-        ([1.0, 3.0], 2.0, 12.706),
-        ([1.0, 2.0, 3.0], 2.0, 4.303 / 3**0.5),
-        ([-2.0, -1.0, 0.0, 1.0, 2.0], 0.0, 2.776 * 2.5**0.5 / 5**0.5),
-        ([0.0] * 5 + [2.0] * 5, 1.0, 2.262 * (10 / 9) ** 0.5 / 10**0.5),
+        ({"jobs": 0}, ["--jobs 0", "at least 1"]),
+        ({"seeds": [-1]}, ["--seeds -1"]),
+        ({"overrides": ["SEED", "1"]}, ["SEED is chosen by the runner"]),
+        ({"overrides": ["SOLVER.MAX_ITER"]}, ["SOLVER.MAX_ITER has no value"]),
+        ({"slurm": ["partition=gpu"]}, ["--slurm partition=gpu", "--executor slurm"]),
+        ({"executor": "slurm", "slurm": ["gpu"]}, ["--slurm gpu", "KEY=VALUE"]),
+        ({"executor": "slurm", "slurm": ["nodes=2"]}, ["--slurm nodes=2", "one node"]),
+        ({"executor": "pbs"}, ["--executor pbs", "local, slurm"]),
     ],
 )
-def test_mean_and_interval(values: list[float], mean: float, half_width: float | None) -> None:
-    found = mean_and_half_width(values)
-    assert found[0] == pytest.approx(mean)
-    assert found[1] == (None if half_width is None else pytest.approx(half_width, rel=3e-4))
+def test_wrong_arguments_are_refused_before_anything_is_made(
+    arguments: dict[str, Any], words: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as info:
+        run_study(write(tmp_path, STUDY), tmp_path / "output", **arguments)
+    for word in words:
+        assert word in str(info.value)
+    assert not (tmp_path / "output").exists()
 
 
-def test_the_table_has_what_is_done_and_says_what_failed(
+def test_slurm_without_submitit_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(ConfigError, match=r"pip install 'submitit>=1\.5'"):
+        run_study(write(tmp_path, STUDY), tmp_path / "output", executor="slurm")
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_dry_run_lists_the_tasks_and_makes_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    study = read_study(write(tmp_path, STUDY.replace("[1, 2]", "[1, 2, 3]")))
-    aps = {("BN", "population"): (50, 52, 54), ("BN", "batch"): (60, 61)}
-    results = {}
-    for (run, evaluation), values in aps.items():
-        for seed, value in enumerate(values, start=1):
-            folder = tmp_path / run / f"seed_{seed}"
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "versions.json").write_text('{"versions": {"torch": "2"}}')
-            path = folder / f"{evaluation}.json"
-            path.write_text(json.dumps({"results": {"bbox": {"AP": value}}}))
-            results[Cell(run, evaluation, seed)] = path
-    written = json.loads(summarize(study, results, tmp_path).read_text())
-    lines = capfd.readouterr().out.splitlines()
-    assert "Box AP, 3 seeds: mean ± half of the 95 % interval" in lines
-    # 4.303 * 2 / sqrt(3) and 12.706 * 0.7071 / sqrt(2), from tables of Student's t.
-    assert [re.split("  +", line) for line in lines if line.startswith(("BN", "GN"))] == [
-        ["BN", "52.0 ± 5.0", "60.5 ± 6.4 (2 seeds)"],
-        ["GN", "failed"],
-    ]
-    assert written["versions"] == [{"torch": "2"}]
-    assert written["box AP"][1]["by_seed"] == {"1": 60, "2": 61}
-    assert written["metrics by run, evaluation and seed"]["BN"]["batch"]["2"]["bbox"]["AP"] == 61
+    path, folder = write(tmp_path, STUDY), tmp_path / "output"
+    assert run_study(path, folder, dry_run=True) is None
+    assert not folder.exists()
+    study = read_study(path)
+    planned = plan(study, folder, {})
+    with claimed(folder, study, {}, planned.configs):
+        write_json(planned.tasks[0].record, {"seconds": 1})
+        run_study(path, folder, dry_run=True)
+    printed = capfd.readouterr().out
+    for part in (
+        "[1 of 6] BN, seed 1: training: done",
+        "[2 of 6] BN, seed 1: batch: missing",
+        "1 of 6 tasks are done",
+    ):
+        assert part in printed
+    with pytest.raises(ConfigError, match="another run BN"):
+        changed = write(tmp_path, STUDY.replace("MAX_ITER: 1", "MAX_ITER: 2"))
+        run_study(changed, folder, dry_run=True)
 
 
 @pytest.mark.timeout(280)
-def test_a_study_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_study_that_is_killed_goes_on_with_what_is_missing(tmp_path: Path) -> None:
     datasets = []
     for split, num_images in (("train", 4), ("val", 2)):
         made = make_leaky_shapes(tmp_path / split, num_images, seed=1, split=split)
         datasets.append([f"study_{split}", str(made.annotations), str(made.images)])
-    text = STUDY.replace("BN:\n", "1:\n", 1).replace("GN:\n", "2:\n", 1)
-    text = text.replace("[BN]", "[1]").replace("[1, 2]", "[5]").replace("about", "x_axis: n\nabout")
+    text = STUDY.replace("[1, 2]", "[5]")
     overrides = ["DATASETS.COCO_JSON", str(datasets), "SOLVER.IMS_PER_BATCH", "1"]
     overrides += ["DATASETS.TRAIN", "('study_train',)", "DATASETS.TEST", "('study_val',)"]
     path, folder = write(tmp_path, text), tmp_path / "output"
-    command = [sys.executable, str(ROOT / "tools" / "study.py"), str(path)]
+    command = [sys.executable, str(ROOT / "tools" / "study.py"), str(path), "--jobs", "1"]
     command += ["--output-dir", str(folder), *overrides]
-    first = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert first.returncode == 0, first.stdout + first.stderr
-    assert "[3 of 3] 2, seed 5: training" in first.stdout
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    record = folder / "BN" / "seed_5" / "training.json"
+    while not record.exists():
+        assert first.poll() is None
+        time.sleep(0.02)
+    first.kill()
+    first.wait()
+    before = record.stat().st_mtime_ns
+
+    second = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert second.stdout.count("done before") == 1
+    assert "[1 of 3] BN, seed 5: training: done before" in second.stdout
+    assert "[3 of 3] GN, seed 5: training" in second.stdout
+    assert record.stat().st_mtime_ns == before
     results = json.loads((folder / "results.json").read_text())
     assert [(entry["run"], entry["evaluation"]) for entry in results["box AP"]] == [
-        ("1", "population"),
-        ("1", "batch"),
-        ("2", "population"),
+        ("BN", "population"),
+        ("BN", "batch"),
+        ("GN", "population"),
     ]
-    metrics = results["metrics by run, evaluation and seed"]
-    assert metrics["1"]["batch"]["5"].keys() == {"bbox", "segm"}
-    assert results["versions"][0].keys() >= {"torch", "detectron2"}
-    evaluated = folder / "1" / "seed_5" / "evaluations" / "batch" / "eval_model_final_batch"
+    evaluated = folder / "BN" / "seed_5" / "evaluations" / "batch" / "eval_model_final_batch"
     assert json.loads((evaluated / "results.json").read_text())["BN.INFERENCE"] == "batch"
-    with Image.open(folder / "small.png") as figure:
-        assert figure.width > 600
-    before = (folder / "results.json").stat().st_mtime_ns
-    assert run_study(path, folder, overrides=overrides) == folder / "results.json"
-    assert (folder / "results.json").stat().st_mtime_ns > before
-    assert capfd.readouterr().out.count("done before") == 3
+    third = run_study(path, folder, overrides=overrides)
+    assert third == folder / "results.json"
+    assert record.stat().st_mtime_ns == before

@@ -11,12 +11,14 @@ import matplotlib
 from tabulate import tabulate
 
 from ..data import LeakyShapesConfig, draw_image
-from .process import ROOT, TRAIN_NET, run_command
+from .executors import LocalExecutor
+from .matrix import TRAIN_NET, Task
+from .scheduler import execute
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-CONFIGS = ROOT / "configs" / "quickstart"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "quickstart"
 VARIANTS = {"BN": "mask_rcnn_bn.yaml", "ShuffleBN": "mask_rcnn_shuffle.yaml"}
 MEANING = {
     ("BN", "population"): "In training the head had learned to read the other objects of the image "
@@ -49,22 +51,40 @@ def run_demo(folder: Path, *, workers: int = 2, overrides: list[str] | None = No
         The path of ``results.json``: box and mask AP, in percent, by variant and statistics.
 
     Raises:
-        RuntimeError: a training or an evaluation failed; the message has the end of its output.
+        RuntimeError: a training or an evaluation failed; the end of its output has been printed.
     """
     start = time.monotonic()
-    precisions: AveragePrecisions = {}
-    for number, (name, config) in enumerate(VARIANTS.items()):
-        output = folder / name
-        command = [sys.executable, str(TRAIN_NET), "--resume"]
-        command += ["--config-file", str(CONFIGS / config), "--num-gpus", str(workers)]
+    tasks: list[Task] = []
+    results_of: dict[tuple[str, str], Path] = {}
+    for name, config in VARIANTS.items():
+        output = folder.absolute() / name
+        command = [sys.executable, str(TRAIN_NET), "--config-file", str(CONFIGS / config)]
+        command += ["--num-gpus", str(workers)]
         options = ["OUTPUT_DIR", str(output), *(overrides or [])]
-        trained = output / "inference" / "results.json"
-        title = f"[{2 * number + 1} of 4] {name}: training"
-        _run(title, [*command, *options], trained)
-        by_batch = output / "eval_model_final_batch" / "results.json"
-        title = f"[{2 * number + 2} of 4] {name}: evaluation with batch statistics"
-        _run(title, [*command, "--eval-only", *options, "BN.INFERENCE", "batch"], by_batch)
-        precisions[name] = {"population": _read_ap(trained), "batch": _read_ap(by_batch)}
+        training = Task(
+            f"{name}: training",
+            "training",
+            [*command, "--resume", *options],
+            output / "training.json",
+        )
+        by_batch = output / "eval_model_final_batch"
+        options += ["MODEL.WEIGHTS", str(output / "model_final.pth"), "BN.INFERENCE", "batch"]
+        evaluation = Task(
+            f"{name}: evaluation with batch statistics",
+            "evaluation",
+            [*command, "--eval-only", *options],
+            output / "evaluation.json",
+            training,
+            (by_batch,),
+        )
+        tasks += [training, evaluation]
+        results_of[name, "population"] = output / "inference" / "results.json"
+        results_of[name, "batch"] = by_batch / "results.json"
+    if failed := execute(tasks, LocalExecutor()):
+        raise RuntimeError(f"{len(failed)} of {len(tasks)} steps are not done; see {failed[0].log}")
+    precisions: AveragePrecisions = {name: {} for name in VARIANTS}
+    for (name, statistics), path in results_of.items():
+        precisions[name][statistics] = _read_ap(path)
     results = folder / "results.json"
     results.write_text(json.dumps({"AP": precisions}, indent=2) + "\n")
     _draw(precisions, folder / "leak.png")
@@ -72,14 +92,6 @@ def run_demo(folder: Path, *, workers: int = 2, overrides: list[str] | None = No
     print(f"\nFigure: {folder / 'leak.png'}   Numbers: {results}")
     print(f"Done in {time.monotonic() - start:.0f} s. To do it again, remove {folder}.")
     return results
-
-
-def _run(title: str, command: list[str], result: Path) -> None:
-    """Run a command, unless its result is there."""
-    if result.is_file():
-        print(f"{title}: done before, see {result}", flush=True)
-        return
-    run_command(title, command, result.parents[1] / f"console_{result.parent.name}.txt")
 
 
 def _read_ap(path: Path) -> dict[str, float]:

@@ -5,53 +5,146 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from detectron2.config import CfgNode
+
 from ..config import ConfigError
-from .study_file import Overrides, Study
+from .process import write_json
+from .study_file import TAKEN, Overrides, Study
+
+_RECORD = "study.json"
+_LOCK = ".lock"
+_KEYS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A folder in which this process works alone.
+
+    Attributes:
+        folder: of the study.
+        descriptor: of an open file; a process that keeps it open keeps the folder.
+    """
+
+    folder: Path
+    descriptor: int
+
+    def holds(self) -> bool:
+        """Whether the folder is still there, and was not removed, or made anew."""
+        try:
+            return os.path.samestat(os.stat(self.folder / _LOCK), os.fstat(self.descriptor))
+        except FileNotFoundError:
+            return False
 
 
 @contextmanager
-def claimed(folder: Path, study: Study, overrides: Overrides) -> Iterator[int]:
+def claimed(
+    folder: Path, study: Study, overrides: Overrides, configs: Mapping[str, CfgNode]
+) -> Iterator[Claim]:
     """Work in a folder alone and on one study; seeds, runs and evaluations can be added to it.
 
     Args:
         folder: made if it is not there.
         study: the study.
         overrides: of the command line.
-
-    Yields:
-        A file descriptor; a process that keeps it open keeps the folder.
+        configs: of the training of each run.
 
     Raises:
         ConfigError: the folder has results of another study or of other settings, or another
             process works there.
     """
-    record = folder / "study.json"
-    if not record.exists() and folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} has files, and none of a study; give another --output-dir.")
+    settings = check_folder(folder, study, overrides, configs)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    # Not emptied when it is opened: it has the number of the process that works there.
+    with (folder / _LOCK).open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            lock.seek(0)
             raise ConfigError(
-                f"Another process works in {folder}: wait for it, or end it first."
+                f"Another process works in {folder} (started by process {lock.read().strip()}): "
+                "wait for it, or end it first."
             ) from None
-        before = json.loads(record.read_text()) if record.exists() else {}
-        now = _settings(study, overrides)
-        for name, value in now.items():
-            if before.get(name, value) != value:
-                raise ConfigError(
-                    f"{record}: the results there are of another {name}: {before[name]}, and not "
-                    f"{value}. Give another --output-dir, or remove that folder."
-                )
-        write_json(record, {**before, **now})
-        yield lock.fileno()
+        lock.truncate(0)
+        print(os.getpid(), file=lock, flush=True)
+        write_json(folder / _RECORD, settings)
+        yield Claim(folder, lock.fileno())
+
+
+def check_folder(
+    folder: Path, study: Study, overrides: Overrides, configs: Mapping[str, CfgNode]
+) -> dict[str, Any]:
+    """Whether results in a folder, if any, are of this study and these settings.
+
+    Args:
+        folder: of the study; it need not be there.
+        study: the study.
+        overrides: of the command line.
+        configs: of the training of each run.
+
+    Returns:
+        The settings on which results depend: those there, and the new ones.
+
+    Raises:
+        ConfigError: they are not; names the run or evaluation and what differs.
+    """
+    record = folder / _RECORD
+    if not record.exists() and folder.exists() and {*os.listdir(folder)} - {_LOCK}:
+        raise ConfigError(f"{folder} has files, and none of a study; give another --output-dir.")
+    before = _read(record) if record.exists() else {}
+    now = _settings(study, overrides)
+    advice = "Give another --output-dir, or remove that folder."
+    for name, value in now.items():
+        if before.get(name, value) != value:
+            raise ConfigError(
+                f"{record}: the results there are of another {name}: {before[name]}, and not "
+                f"{value}. {advice}"
+            )
+    for run, cfg in configs.items():
+        name = f"config of run {run}"
+        now[name] = json.loads(json.dumps(dict(_flat(cfg))))
+        # A key that only one has came or went with a version.
+        changed = [
+            f"{key} was {before[name][key]!r}, and is {value!r}"
+            for key, value in now[name].items()
+            if before.get(name, {}).get(key, value) != value
+        ]
+        if changed:
+            more = f" (and {len(changed) - _KEYS_SHOWN} more)" if changed[_KEYS_SHOWN:] else ""
+            raise ConfigError(
+                f"run {run}: {study.runs[run].config} has changed since the results in {folder} "
+                f"were made: {'; '.join(changed[:_KEYS_SHOWN])}{more}. {advice}"
+            )
+    return {**before, **now}
+
+
+def _read(record: Path) -> dict[str, Any]:
+    """What is recorded, in the form of today."""
+    content = json.loads(record.read_text())
+    for name, value in content.items():
+        if name.startswith("evaluation "):
+            content[name] = _given(value)
+        elif name.startswith("run "):
+            value.pop("config", None)
+    return content
+
+
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _flat(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values by dotted key, but for those that the runner chooses."""
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif prefix + key not in TAKEN:
+            yield prefix + key, value
 
 
 def _settings(study: Study, overrides: Overrides) -> dict[str, Any]:
@@ -59,15 +152,8 @@ def _settings(study: Study, overrides: Overrides) -> dict[str, Any]:
     settings = {"study": study.name, "workers": study.workers, "overrides": study.overrides}
     settings["command line"] = overrides
     for name, run in study.runs.items():
-        settings[f"run {name}"] = asdict(run)
+        # Its config is compared key by key.
+        settings[f"run {name}"] = {"overrides": run.overrides}
     for name, evaluation in study.evaluations.items():
-        settings[f"evaluation {name}"] = {**asdict(evaluation), "runs": None}
+        settings[f"evaluation {name}"] = _given({**asdict(evaluation), "runs": None})
     return json.loads(json.dumps(settings, default=str))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file that is either whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)

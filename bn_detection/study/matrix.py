@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +13,12 @@ from detectron2.config import CfgNode
 from ..config import ConfigError
 from ..engine import check_config, load_config
 from ..engine.setup import evaluation_folder
-from .folder import write_json
-from .process import ROOT, TRAIN_NET, run_command
 from .study_file import Evaluation, Overrides, Study
 
-RECALIBRATE = ROOT / "tools" / "recalibrate.py"
+_TOOLS = Path(__file__).resolve().parents[2] / "tools"
+TRAIN_NET = _TOOLS / "train_net.py"
+_RECALIBRATE = _TOOLS / "recalibrate.py"
+_PROBE = _TOOLS / "probe.py"
 
 
 class Cell(NamedTuple):
@@ -30,6 +27,13 @@ class Cell(NamedTuple):
     run: str
     evaluation: str
     seed: int
+
+
+class Failure(NamedTuple):
+    """A task that failed, and the file that says why."""
+
+    title: str
+    log: Path
 
 
 @dataclass(eq=False)
@@ -42,7 +46,7 @@ class Task:
         command: the program and its arguments.
         record: JSON file that is there once the command has succeeded, with its seconds.
         needs: the task whose output it uses.
-        leftovers: files of an interrupted attempt, which the command would not replace.
+        leftovers: files and folders of an interrupted attempt, removed before the next.
     """
 
     title: str
@@ -58,19 +62,29 @@ class Task:
         return self.record.with_suffix(".log")
 
 
-def plan(
-    study: Study, folder: Path, overrides: Overrides
-) -> tuple[list[Task], dict[Cell, tuple[Task, Path]]]:
+class Plan(NamedTuple):
+    """What a study does.
+
+    Attributes:
+        tasks: each after the one that it needs.
+        results: the task that makes each cell, with the path of its ``results.json``, or of its
+            ``probe.json``.
+        configs: of the training of each run, with everything but OUTPUT_DIR and SEED, which are
+            those of the last seed.
+    """
+
+    tasks: list[Task]
+    results: dict[Cell, tuple[Task, Path]]
+    configs: dict[str, CfgNode]
+
+
+def plan(study: Study, folder: Path, overrides: Overrides) -> Plan:
     """Plan a study seed by seed, each training before its evaluations.
 
     Args:
         study: the study.
         folder: for everything that is made, except datasets.
         overrides: for every command, after all others.
-
-    Returns:
-        The tasks, in the order in which they run; and the task that makes each cell, with the path
-        of its ``results.json``.
 
     Raises:
         ConfigError: a config with its overrides cannot be used; the message names the study file,
@@ -80,7 +94,7 @@ def plan(
     for seed in study.seeds:
         for name in study.runs:
             planner.add_run(name, seed)
-    return planner.tasks, planner.results
+    return Plan(planner.tasks, planner.results, planner.configs)
 
 
 class _Planner:
@@ -88,12 +102,13 @@ class _Planner:
         self._study, self._folder, self._overrides = study, folder, overrides
         self.tasks: list[Task] = []
         self.results: dict[Cell, tuple[Task, Path]] = {}
+        self.configs: dict[str, CfgNode] = {}
 
     def add_run(self, name: str, seed: int) -> None:
         output = self._folder / name / f"seed_{seed}"
         workers = self._study.workers
         options = self._options(name, seed, {}, output)
-        self._check(name, f"run {name}", options, workers, eval_only=False)
+        self.configs[name] = self._check(name, f"run {name}", options, workers, eval_only=False)
         training = self._add(
             f"{name}, seed {seed}: training",
             "training",
@@ -122,24 +137,32 @@ class _Planner:
                 f"{title}: recalibration",
                 f"{cell.evaluation}: recalibration",
                 self._command(
-                    *(RECALIBRATE, cell.run, evaluation.workers, options),
+                    *(_RECALIBRATE, cell.run, evaluation.workers, options),
                     *("--output", str(weights)),
                 ),
                 place / "recalibration.json",
                 training,
                 (weights, weights.with_suffix(".json")),
             )
-        options = self._options(cell.run, cell.seed, evaluation.overrides, place)
+        own = evaluation.overrides if evaluation.probe is None else evaluation.probe
+        options = self._options(cell.run, cell.seed, own, place)
         cfg = self._check(cell.run, where, options, evaluation.workers)
         cfg.MODEL.WEIGHTS = options["MODEL.WEIGHTS"] = str(weights)
+        if evaluation.probe is None:
+            command = self._command(TRAIN_NET, cell.run, evaluation.workers, options, "--eval-only")
+            leftover = Path(evaluation_folder(cfg, resume=False))
+            result = leftover / "results.json"
+        else:
+            leftover = result = place / "probe.json"
+            if not (cfg.BN.LEAKAGE.IMAGES_PER_WORKER or cfg.BN.VIRTUAL_WORKERS):
+                # The probe is one process, which does not know those of the training.
+                images = max(1, cfg.SOLVER.IMS_PER_BATCH // self._study.workers)
+                options["BN.LEAKAGE.IMAGES_PER_WORKER"] = images
+            command = self._command(_PROBE, cell.run, None, options, "--output", str(result))
         task = self._add(
-            title,
-            cell.evaluation,
-            self._command(TRAIN_NET, cell.run, evaluation.workers, options, "--eval-only"),
-            place / "evaluation.json",
-            needs,
+            title, cell.evaluation, command, place / "evaluation.json", needs, (leftover,)
         )
-        return task, Path(evaluation_folder(cfg, resume=False), "results.json")
+        return task, result
 
     def _add(self, *fields: Any) -> Task:
         task = Task(*fields)
@@ -151,9 +174,11 @@ class _Planner:
         return {**common, **own, **self._overrides, "OUTPUT_DIR": output, "SEED": seed}
 
     def _command(
-        self, tool: Path, run: str, workers: int, options: Overrides, *flags: str
+        self, tool: Path, run: str, workers: int | None, options: Overrides, *flags: str
     ) -> list[str]:
-        command = [sys.executable, str(tool), "--num-gpus", str(workers)]
+        """The command of a tool; one without workers takes no number of them."""
+        command = [sys.executable, str(tool)]
+        command += ["--num-gpus", str(workers)] if workers else []
         command += ["--config-file", str(self._study.runs[run].config), *flags]
         return [*command, *_pairs(options)]
 
@@ -173,57 +198,3 @@ class _Planner:
 
 def _pairs(options: Overrides) -> list[str]:
     return [str(part) for pair in options.items() for part in pair]
-
-
-def execute(tasks: Sequence[Task], *, pass_fds: Sequence[int] = ()) -> set[Task]:
-    """Run the tasks that have no record yet, one after the other.
-
-    A task that fails is shown with the end of its log. Those that need it are left out, and the
-    others go on.
-
-    Args:
-        tasks: each after the one that it needs.
-        pass_fds: open files that the commands keep open.
-
-    Returns:
-        The tasks that failed or were left out.
-    """
-    failed: set[Task] = set()
-    for number, task in enumerate(tasks):
-        title = f"[{number + 1} of {len(tasks)}] {task.title}"
-        if task.record.is_file():
-            print(f"{title}: done before", flush=True)
-            continue
-        if task.needs in failed:
-            print(f"{title}: left out, for what it needs failed", flush=True)
-            failed.add(task)
-            continue
-        for path in task.leftovers:
-            path.unlink(missing_ok=True)
-        start = time.monotonic()
-        try:
-            left = _time_left(tasks, failed)
-            run_command(f"{title}{left}", task.command, task.log, pass_fds=pass_fds)
-        except RuntimeError as error:
-            print(f"error: {error}", flush=True)
-            failed.add(task)
-            continue
-        record = {"command": task.command, "seconds": round(time.monotonic() - start, 1)}
-        write_json(task.record, record)
-    return failed
-
-
-def _time_left(tasks: Sequence[Task], failed: set[Task]) -> str:
-    """What all tasks without a record will take, once one of each kind has one."""
-    seconds: dict[str, list[float]] = {}
-    missing = []
-    for task in tasks:
-        if task.record.is_file():
-            taken = json.loads(task.record.read_text())["seconds"]
-            seconds.setdefault(task.kind, []).append(taken)
-        elif task not in failed:
-            missing.append(task.kind)
-    if not all(kind in seconds for kind in missing):
-        return ""
-    left = sum(statistics.mean(seconds[kind]) for kind in missing)
-    return f" (study: about {max(left / 60, 1):.0f} min left)"

@@ -1,89 +1,132 @@
-"""Running a command line tool, with its progress on one line and its output in a file."""
+"""Runs one command of a study, with its output in a file, and records its success.
+
+A program of its own, which needs the standard library alone: it is there within milliseconds, on
+every machine that sees the folder, and ends what it runs when whoever started it is gone.
+
+    python process.py '{"command": [...], "record": "training.json", "log": "training.log", ...}'
+"""
 
 from __future__ import annotations
 
-import math
-import re
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-TRAIN_NET = ROOT / "tools" / "train_net.py"
-
-_TAIL_LINES = 30
-
-# What of a tool's output is shown while it runs.
-_PROGRESS = (
-    (
-        r"eta: (?P<left>\S+) +iter: (?P<done>\d+) .*total_loss: (?P<loss>\S+)",
-        "iteration {done}, loss {loss}, time left {left}",
-    ),
-    (
-        r"Inference done (?P<done>\d+)/(?P<all>\d+).*ETA=(?P<left>\S+)",
-        "evaluated {done} of {all} batches, time left {left}",
-    ),
-    (
-        r"Population statistics: batch (?P<done>\d+)/(?P<all>\d+), eta (?P<left>\S+)",
-        "population statistics, batch {done} of {all}, time left {left}",
-    ),
-)
+_PR_SET_PDEATHSIG = 1
 
 
-def run_command(
-    title: str, command: Sequence[str], log: Path, *, pass_fds: Sequence[int] = ()
-) -> None:
-    """Run a command; show its title, its progress and its time left, and log its output.
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file that is either whole or not there.
 
     Args:
-        title: what it does, for people.
-        command: the program and its arguments.
-        log: file for its output, replaced if it is there; its folder is made.
-        pass_fds: open files that the command keeps open.
+        path: replaced if it is there; its folder is made.
+        content: what JSON can hold.
 
     Raises:
-        RuntimeError: it failed; the message has the end of its output.
+        OSError: it cannot be written, such as on a full disk; what was there before is as it was.
     """
-    print(title, flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("w") as file:
+            file.write(json.dumps(content, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def run_and_record(
+    command: Sequence[str],
+    log: Path,
+    record: Path,
+    leftovers: Sequence[Path] = (),
+    *,
+    keep: Sequence[int] = (),
+) -> int:
+    """Run a command to its end; SIGTERM is passed on to it.
+
+    Args:
+        command: the program and its arguments. It gets one thread, unless OMP_NUM_THREADS says
+            otherwise: results do not depend on what else runs, nor on the number of cores.
+        log: file for its output, replaced if it is there; its folder is made.
+        record: JSON file that is there once it has succeeded, with the seconds that it took.
+        leftovers: files and folders of an earlier attempt, removed first.
+        keep: file descriptors that it keeps open.
+
+    Returns:
+        Its exit status; 128 and the number of the signal that ended it.
+    """
+    for path in leftovers:
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
     log.parent.mkdir(parents=True, exist_ok=True)
-    show = _Progress()
-    with (
-        log.open("w") as file,
-        subprocess.Popen(
+    start = time.monotonic()
+    this = os.getpid()
+    with log.open("w") as file:
+        process = subprocess.Popen(
             command,
-            stdout=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
             stderr=subprocess.STDOUT,
-            text=True,
-            pass_fds=pass_fds,
-        ) as process,
-    ):
-        for line in process.stdout:
-            file.write(line)
-            for pattern, shown in _PROGRESS:
-                if match := re.search(pattern, line):
-                    show(shown.format(**match.groupdict()))
-    show.end()
-    if process.returncode:
-        tail = "".join(log.read_text().splitlines(keepends=True)[-_TAIL_LINES:])
-        raise RuntimeError(f"{title} failed ({process.returncode}); the end of {log}:\n{tail}")
+            env={"OMP_NUM_THREADS": "1", **os.environ},
+            pass_fds=keep,
+            # One thread only here, so that nothing can be locked in the child.
+            preexec_fn=lambda: _end_with(this),
+        )
+
+        def pass_on(signum: int, _frame: FrameType | None) -> None:
+            process.send_signal(signum)
+
+        signal.signal(signal.SIGTERM, pass_on)
+        status = process.wait()
+    if status == 0:
+        content = {"command": list(command), "seconds": round(time.monotonic() - start, 1)}
+        write_json(record, content)
+    return status if status >= 0 else 128 - status
 
 
-class _Progress:
-    """One line that changes on a terminal; elsewhere a line at most every 10 seconds."""
+def _end_with(parent: int) -> None:
+    """Have this process killed when its parent ends, in any way. Linux only."""
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
-    def __init__(self) -> None:
-        self._terminal = sys.stdout.isatty()
-        self._last = -math.inf
 
-    def __call__(self, text: str) -> None:
-        if self._terminal:
-            print(f"\r    {text}\033[K", end="", flush=True)
-        elif time.monotonic() - self._last >= 10:
-            print(f"    {text}", flush=True)
-            self._last = time.monotonic()
+def _main() -> int:
+    task = json.loads(sys.argv[1])
+    if task["parent"] is not None:
+        _end_with(task["parent"])
+    log = Path(task["log"])
+    try:
+        return run_and_record(
+            task["command"],
+            log,
+            Path(task["record"]),
+            [Path(path) for path in task["leftovers"]],
+            keep=task["keep"],
+        )
+    except OSError as error:
+        # On a full disk the exit status alone says why.
+        with contextlib.suppress(OSError), log.open("a") as file:
+            file.write(f"error: {error}\n")
+        return errno.ENOSPC if error.errno in (errno.ENOSPC, errno.EDQUOT) else 1
 
-    def end(self) -> None:
-        if self._terminal:
-            print()
+
+if __name__ == "__main__":
+    sys.exit(_main())

@@ -1,0 +1,322 @@
+"""Where the commands of a study run: in processes of this machine, or in jobs of Slurm."""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+import yaml
+
+from ..config import ConfigError
+from . import process
+from .matrix import Task
+
+EXECUTORS = ("local", "slurm")
+_TERMINATE_SECONDS = 10.0
+_SQUEUE_SECONDS = 5.0
+# A day: submitit's own default of five minutes would end nearly every training.
+_TIMEOUT_MIN = 1440
+
+
+class Executor(Protocol):
+    """Runs the commands of a study.
+
+    Attributes:
+        jobs: tasks that it runs at once.
+        seconds_between_polls: how often to ask it for a status.
+    """
+
+    jobs: int
+    seconds_between_polls: float
+
+    def find(self, tasks: Collection[Task]) -> dict[Task, str]:
+        """Those of ``tasks`` that an earlier runner started and that still go on, and as what."""
+
+    def start(self, task: Task, keep: Sequence[int] = ()) -> None:
+        """Start a task.
+
+        Args:
+            task: to start; there must be a free place.
+            keep: file descriptors that it keeps open, if it runs on this machine.
+        """
+
+    def status(self, task: Task) -> int | None:
+        """The exit status of a task that was started or found; None while it runs."""
+
+    def log(self, task: Task) -> Path:
+        """The file that says why a task failed."""
+
+    def leave(self) -> str:
+        """Stop watching. What goes on without the runner, and how to end it, for people."""
+
+    def cancel(self) -> None:
+        """End everything that runs."""
+
+
+def _specification(task: Task, parent: int | None, keep: Sequence[int]) -> str:
+    """What :mod:`.process` is told."""
+    content = {
+        "command": task.command,
+        "log": str(task.log.absolute()),
+        "record": str(task.record.absolute()),
+        "leftovers": [str(path.absolute()) for path in task.leftovers],
+        "parent": parent,
+        "keep": list(keep),
+    }
+    return json.dumps(content)
+
+
+class LocalExecutor:
+    """Runs each task in processes of this machine, which end with this one.
+
+    Where there are GPUs, each of the ``jobs`` places has its own.
+
+    Args:
+        jobs: tasks at once; None for as many as there are cores, or GPUs, for the workers of each.
+        workers: the most processes of a task.
+        device: MODEL.DEVICE of the tasks.
+
+    Raises:
+        ConfigError: there are fewer GPUs than these tasks need at once.
+    """
+
+    seconds_between_polls = 0.2
+
+    def __init__(
+        self,
+        jobs: int | None = 1,
+        *,
+        workers: int = 1,
+        device: str = "cpu",
+    ) -> None:
+        gpus = _gpus() if torch.device(device).type == "cuda" else []
+        self.jobs = jobs or max(1, (len(gpus) or _cores()) // workers)
+        if gpus and self.jobs * workers > len(gpus) and self.jobs > 1:
+            raise ConfigError(
+                f"--jobs {self.jobs} with {workers} worker(s) each needs {self.jobs * workers} "
+                f"GPUs; there are {len(gpus)}: give at most --jobs {max(1, len(gpus) // workers)}."
+            )
+        each = len(gpus) // self.jobs
+        self._gpus = [gpus[k * each : (k + 1) * each] for k in range(self.jobs)]
+        self._running: dict[Task, tuple[subprocess.Popen[bytes], list[str]]] = {}
+
+    def find(self, tasks: Collection[Task]) -> dict[Task, str]:
+        """None: they ended with the runner that started them."""
+        return {}
+
+    def start(self, task: Task, keep: Sequence[int] = ()) -> None:
+        """Start a task; there must be a free place."""
+        gpus = self._gpus.pop()
+        devices = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+        specification = _specification(task, os.getpid(), keep)
+        started = subprocess.Popen(
+            [sys.executable, process.__file__, specification],
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **devices},
+            pass_fds=keep,
+            # Ctrl-C must reach the runner alone, which ends its tasks in an orderly way.
+            start_new_session=True,
+        )
+        self._running[task] = (started, gpus)
+
+    def status(self, task: Task) -> int | None:
+        """The exit status of a started task; None while it runs."""
+        started, gpus = self._running[task]
+        status = started.poll()
+        if status is not None:
+            self._gpus.append(gpus)
+            del self._running[task]
+        return status
+
+    def log(self, task: Task) -> Path:
+        """The task's own."""
+        return task.log
+
+    def leave(self) -> str:
+        """End everything that runs; nothing goes on."""
+        self.cancel()
+        return ""
+
+    def cancel(self) -> None:
+        """End everything that runs; at once, if it takes longer than 10 seconds."""
+        deadline = time.monotonic() + _TERMINATE_SECONDS
+        try:
+            for started, _ in self._running.values():
+                started.terminate()
+            for started, _ in self._running.values():
+                started.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            for started, _ in self._running.values():
+                if started.poll() is None:
+                    os.killpg(started.pid, signal.SIGKILL)
+                    started.wait()
+            self._running.clear()
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _gpus() -> list[str]:
+    """The names that CUDA_VISIBLE_DEVICES can have here."""
+    number = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[:number] if visible else [str(k) for k in range(number)]
+
+
+class SlurmExecutor:
+    """Runs each task in a job of Slurm, which goes on without the runner.
+
+    A job has a name that only its task has: the next runner finds it by that in the queue. Success
+    is the record that the job writes into the folder, which all nodes must see.
+
+    Args:
+        folder: of the study; submitit's files go to ``slurm`` in it.
+        jobs: jobs in the queue at once; None for all that can run.
+        workers: the most processes of a task, and so the default of ``cpus_per_task``.
+        parameters: of submitit's ``AutoExecutor``, those of Slurm without their ``slurm_``.
+        cluster: of submitit: "slurm", or "local" in tests.
+
+    Raises:
+        ConfigError: submitit is not installed, Slurm is not there, or a parameter is wrong.
+    """
+
+    seconds_between_polls = 1.0
+
+    def __init__(
+        self,
+        folder: Path,
+        jobs: int | None = None,
+        *,
+        workers: int = 1,
+        parameters: Mapping[str, Any] | None = None,
+        cluster: str = "slurm",
+    ) -> None:
+        submitit = _import_submitit()
+        self.jobs = jobs or sys.maxsize
+        self._folder = folder.absolute() / "slurm"
+        given = {"cpus_per_task": workers, "timeout_min": _TIMEOUT_MIN, **(parameters or {})}
+        for key in ("nodes", "tasks_per_node"):
+            if given.get(key, 1) != 1:
+                raise ConfigError(
+                    f"--slurm {key}={given[key]}: a task starts its workers itself, on one node. "
+                    "Leave it out."
+                )
+        generic = ("cpus_per_task", "timeout_min", "gpus_per_node", "mem_gb")
+        given = {k if k in generic else f"slurm_{k}": v for k, v in given.items()}
+        try:
+            self._submitit = submitit.AutoExecutor(self._folder, cluster=cluster)
+            self._submitit.update_parameters(**given)
+        except (AssertionError, NameError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"--executor slurm: {error}") from error
+        self._ids: dict[Task, str] = {}
+        self._gone: dict[Task, float] = {}
+        self._queue: dict[str, str] = {}
+        self._asked = 0.0
+
+    def find(self, tasks: Collection[Task]) -> dict[Task, str]:
+        """Those of ``tasks`` that have a job in the queue, and which."""
+        self._queue = self._ask()
+        names = {task: _job_name(task) for task in tasks}
+        found = {task: self._queue[n] for task, n in names.items() if n in self._queue}
+        self._ids.update(found)
+        return {task: f"Slurm job {job_id}" for task, job_id in found.items()}
+
+    def start(self, task: Task, keep: Sequence[int] = ()) -> None:
+        """Submit a task."""
+        self._submitit.update_parameters(name=_job_name(task))
+        command = [sys.executable, process.__file__, _specification(task, None, ())]
+        job = self._submitit.submit(subprocess.check_call, command)
+        self._ids[task] = job.job_id
+        self._queue[_job_name(task)] = job.job_id
+
+    def status(self, task: Task) -> int | None:
+        """0 once a task has its record, 1 if it has none and left the queue; else None."""
+        if time.monotonic() - self._asked > _SQUEUE_SECONDS:
+            self._queue = self._ask()
+        if task.record.is_file():
+            return 0
+        if _job_name(task) in self._queue:
+            return None
+        # What a node has written can be seen here some seconds later.
+        gone = self._gone.setdefault(task, time.monotonic())
+        return 1 if time.monotonic() - gone > _SQUEUE_SECONDS else None
+
+    def log(self, task: Task) -> Path:
+        """The task's own, or that of its job, if that failed before."""
+        of_job = self._folder / f"{self._ids[task]}_0_log.err"
+        return task.log if task.log.exists() else of_job
+
+    def leave(self) -> str:
+        """Leave the jobs to Slurm."""
+        left = [self._queue[n] for t in self._ids if (n := _job_name(t)) in self._queue]
+        if not left:
+            return ""
+        return (
+            f"Slurm jobs {', '.join(left)} go on, and the same command finds them; "
+            f"scancel {' '.join(left)} ends them. "
+        )
+
+    def cancel(self) -> None:
+        """Cancel the jobs that are in the queue."""
+        if left := [self._queue[n] for t in self._ids if (n := _job_name(t)) in self._queue]:
+            subprocess.run(["scancel", *left], check=False)
+
+    def _ask(self) -> dict[str, str]:
+        """The id of each job of this user that waits or runs, by name."""
+        command = ["squeue", "--noheader", "--user", getpass.getuser(), "--format", "%i %j"]
+        first = not self._asked
+        asked = subprocess.run(command, capture_output=True, text=True)
+        self._asked = time.monotonic()
+        if asked.returncode:
+            # Slurm's controller may be away for minutes: its jobs go on.
+            if first:
+                raise ConfigError(f"--executor slurm: squeue failed: {asked.stderr.strip()}")
+            return self._queue
+        lines = (line.split(maxsplit=1) for line in asked.stdout.splitlines())
+        return {name: job_id for job_id, name in lines}
+
+
+def _import_submitit() -> ModuleType:
+    try:
+        return importlib.import_module("submitit")
+    except ImportError:
+        raise ConfigError(
+            "--executor slurm needs submitit, which is not installed: pip install 'submitit>=1.5'"
+        ) from None
+
+
+def _job_name(task: Task) -> str:
+    """The same for the same record, and no other's."""
+    number = hashlib.sha1(str(task.record.resolve()).encode()).hexdigest()[:12]
+    return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', task.title)}-{number}"
+
+
+def parse_slurm(parameters: Sequence[str]) -> dict[str, Any]:
+    """The values of ``--slurm KEY=VALUE ...``.
+
+    Raises:
+        ConfigError: one of them has no ``=``.
+    """
+    for parameter in parameters:
+        if "=" not in parameter:
+            raise ConfigError(f"--slurm {parameter}: write KEY=VALUE, such as partition=gpu.")
+    pairs = (parameter.split("=", 1) for parameter in parameters)
+    return {key: yaml.safe_load(value) for key, value in pairs}

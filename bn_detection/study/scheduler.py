@@ -1,0 +1,178 @@
+"""Runs the tasks of a study, as many at once as its executor has places for."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import statistics
+import time
+from collections.abc import Sequence
+
+from .display import Display, Running
+from .executors import Executor
+from .folder import Claim
+from .matrix import Task
+
+_TAIL_LINES = 30
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_CHECK_SECONDS = 1.0
+
+
+def execute(
+    tasks: Sequence[Task],
+    executor: Executor,
+    claim: Claim | None = None,
+    *,
+    display: Display | None = None,
+) -> list[Task]:
+    """Run the tasks that have no record yet, each once what it needs is done.
+
+    A task that fails is shown with the end of its log. Those that need it are left out, and the
+    others go on.
+
+    Args:
+        tasks: each after the one that it needs.
+        executor: runs them.
+        claim: on the folder of the study, which the tasks share; looked at every second.
+        display: shows them.
+
+    Returns:
+        The tasks that failed or were left out, in the order of ``tasks``.
+
+    Raises:
+        RuntimeError: the disk is full, or the folder was removed. What ran has been ended.
+        KeyboardInterrupt: Ctrl-C, likewise.
+    """
+    scheduler = _Scheduler(tasks, executor, claim, display or Display())
+    try:
+        with scheduler.display:
+            scheduler.run()
+    except (KeyboardInterrupt, SystemExit):
+        left = executor.leave()
+        done = len(scheduler.seconds)
+        print(
+            f"\nInterrupted. {done} of {len(tasks)} tasks are done, and kept; a training goes on "
+            f"from its last checkpoint. {left}The same command goes on from here.",
+            flush=True,
+        )
+        raise
+    except BaseException:
+        executor.cancel()
+        raise
+    return [task for task in tasks if task in scheduler.failed]
+
+
+class _Scheduler:
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        executor: Executor,
+        claim: Claim | None,
+        display: Display,
+    ) -> None:
+        self.display = display
+        self.failed: set[Task] = set()
+        # Of those that are done.
+        self.seconds: dict[Task, float] = {}
+        self._tasks, self._executor, self._claim = tasks, executor, claim
+        self._titles = {
+            task: f"[{number} of {len(tasks)}] {task.title}" for number, task in enumerate(tasks, 1)
+        }
+        self._waiting = list(tasks)
+        self._running: dict[Task, Running] = {}
+        self._checked = time.monotonic()
+
+    def run(self) -> None:
+        for task in [task for task in self._waiting if task.record.is_file()]:
+            self._waiting.remove(task)
+            self._read_record(task)
+            self._say(task, "done before")
+        for task, name in self._executor.find(self._waiting).items():
+            self._waiting.remove(task)
+            self._running[task] = Running(self._titles[task], task.log)
+            self._say(task, f"goes on as {name}")
+        while self._waiting or self._running:
+            self._start()
+            self._check_folder()
+            for task in list(self._running):
+                status = self._executor.status(task)
+                if status is not None:
+                    self._end(task, self._running.pop(task), status)
+            self.display.show(list(self._running.values()), self._state())
+            if self._running:
+                time.sleep(self._executor.seconds_between_polls)
+
+    def _start(self) -> None:
+        for task in list(self._waiting):
+            if task.needs in self.failed:
+                self._waiting.remove(task)
+                self.failed.add(task)
+                self._say(task, "left out, for what it needs failed")
+            elif len(self._running) < self._executor.jobs and (
+                task.needs is None or task.needs in self.seconds
+            ):
+                left = self._time_left()
+                print(f"{self._titles[task]}{f' (study: {left})' if left else ''}", flush=True)
+                # What an earlier attempt said is not news.
+                task.log.unlink(missing_ok=True)
+                self._executor.start(task, (self._claim.descriptor,) if self._claim else ())
+                self._waiting.remove(task)
+                self._running[task] = Running(self._titles[task], task.log)
+
+    def _end(self, task: Task, running: Running, status: int) -> None:
+        if status == 0:
+            self._read_record(task)
+            self._say(task, f"done in {running.seconds:.0f} s")
+            return
+        self._check_folder(at_once=True)
+        self.failed.add(task)
+        log = self._executor.log(task)
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        tail = "\n".join(lines[-_TAIL_LINES:])
+        print(
+            f"error: {self._titles[task]} failed ({status}); the end of {log}:\n{tail}\n",
+            flush=True,
+        )
+        if status in _FULL or any(os.strerror(number) in tail for number in _FULL):
+            raise RuntimeError(
+                f"{task.record.parent}: the disk is full. What is done is whole; free some space, "
+                "and the same command goes on from here."
+            )
+
+    def _check_folder(self, at_once: bool = False) -> None:
+        if not at_once and time.monotonic() - self._checked < _CHECK_SECONDS:
+            return
+        self._checked = time.monotonic()
+        if self._claim and not self._claim.holds():
+            raise RuntimeError(
+                f"{self._claim.folder} was removed, or made anew, while it ran. What ran has "
+                "been ended; the same command starts afresh."
+            )
+
+    def _say(self, task: Task, what: str) -> None:
+        print(f"{self._titles[task]}: {what}", flush=True)
+
+    def _read_record(self, task: Task) -> None:
+        self.seconds[task] = json.loads(task.record.read_text())["seconds"]
+
+    def _state(self) -> str:
+        parts = [f"{len(self.seconds)} of {len(self._tasks)} done"]
+        parts += [f"{len(self.failed)} failed or left out"] if self.failed else []
+        left = self._time_left()
+        return ", ".join([*parts, left] if left else parts)
+
+    def _time_left(self) -> str:
+        """What all tasks that are not done will take, once one of each kind is."""
+        of_kind: dict[str, list[float]] = {}
+        for task, seconds in self.seconds.items():
+            of_kind.setdefault(task.kind, []).append(seconds)
+        missing = {*self._waiting, *self._running}
+        if not missing or not all(task.kind in of_kind for task in missing):
+            return ""
+        left = 0.0
+        for task in missing:
+            passed = self._running[task].seconds if task in self._running else 0.0
+            left += max(statistics.mean(of_kind[task.kind]) - passed, 0.0)
+        minutes = left / min(self._executor.jobs, len(missing)) / 60
+        return f"about {max(minutes, 1):.0f} min left"
