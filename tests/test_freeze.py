@@ -22,6 +22,7 @@ from bn_detection import ConfigError, add_bn_detection_config
 from bn_detection.data import build_train_loader
 from bn_detection.engine import Trainer, check_config
 from bn_detection.engine.checks import first_frozen_iteration
+from bn_detection.engine.hooks import model_itself
 from bn_detection.norm import replace_layers
 from bn_detection.population import FreezeStatistics, PreciseStatistics
 
@@ -209,7 +210,7 @@ def _two_workers(rank: int, world_size: int, folder: str, output: str) -> list[d
 
     def remember(trainer: Trainer) -> None:
         if trainer.iter == 2:
-            state = trainer._model_itself().state_dict()
+            state = model_itself(trainer).state_dict()
             at_switch.update({name: value.clone() for name, value in state.items()})
 
     left = train(trainer, remember)

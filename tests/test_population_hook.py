@@ -14,6 +14,7 @@ from torch import nn
 from training import RETINANET, build_trainer, different, make_images, train
 
 from bn_detection import ConfigError
+from bn_detection.engine.hooks import model_itself
 from bn_detection.population import AverageStatistics, FreezeStatistics, PreciseStatistics
 
 POOLED = ("BN.POPULATION.ESTIMATOR", "pooled", "BN.POPULATION.NUM_SAMPLES", 4)
@@ -183,7 +184,7 @@ def _precise_bn(rank: int, world_size: int, folder: str, output: str) -> dict[st
     kinds = [type(hook) for hook in trainer._hooks]
     order = [kinds.index(kind) for kind in (AverageStatistics, hooks.PreciseBN, hooks.EvalHook)]
     assert order == sorted(order)
-    layer = trainer._model_itself().roi_heads.box_head.conv1.norm
+    layer = model_itself(trainer).roi_heads.box_head.conv1.norm
     inputs: list[torch.Tensor] = []
 
     def record(_: nn.Module, x: tuple[torch.Tensor, ...]) -> None:

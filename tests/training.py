@@ -12,6 +12,7 @@ import torch
 
 from bn_detection.data import make_leaky_shapes
 from bn_detection.engine import Trainer, argument_parser, load_config
+from bn_detection.engine.hooks import model_itself
 from bn_detection.engine.setup import register_datasets
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart"
@@ -90,7 +91,7 @@ def train(
 
     trainer._trainer.run_step, trainer.before_step = recorded, stepped
     trainer.train()
-    model = trainer._model_itself()
+    model = model_itself(trainer)
     left: dict[str, Any] = {name: value.clone() for name, value in model.state_dict().items()}
     for index, state in trainer._trainer.optimizer.state_dict()["state"].items():
         left[f"momentum {index}"] = state["momentum_buffer"].clone()

@@ -5,16 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import math
 import os
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
@@ -29,22 +27,11 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..config import ConfigError
 from ..data import build_test_loader, build_train_loader, report_unreadable
 from ..heads import configure_model
-from ..population import (
-    AverageStatistics,
-    FreezeStatistics,
-    PreciseStatistics,
-    TraceStatistics,
-    apply_statistics,
-    batch_norms_in_training,
-    describe_batch_norms,
-    estimate_statistics,
-)
 from .checkpoint import AtomicCheckpointer
-from .checks import first_frozen_iteration
 from .evaluation import build_evaluator
+from .hooks import add_statistics_hooks
 from .setup import evaluation_folder
 
 logger = logging.getLogger(__name__)
@@ -99,120 +86,7 @@ class Trainer(DefaultTrainer):
             self._trainer.load_state_dict(state_dict["_trainer"])
 
     def build_hooks(self) -> list[HookBase | None]:
-        built = super().build_hooks()
-        # PreciseBN too: it replaces running statistics, and averaging its result is not upstream's.
-        uses = hooks.PreciseBN | hooks.PeriodicCheckpointer | hooks.EvalHook
-        first_use = next(i for i, hook in enumerate(built) if isinstance(hook, uses))
-        periods = (self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD)
-        statistics = [AverageStatistics(self.model, periods)]
-        if self.cfg.BN.POPULATION.ESTIMATOR != "ema":
-            statistics.append(self._build_population_hook())
-        if self.cfg.BN.FREEZE.LAST_ITERS is not None:
-            statistics.append(self._build_freeze_hook())
-        built[first_use:first_use] = statistics
-        if self.cfg.BN.TRACE.PERIOD > 0:
-            built.insert(0, self._build_trace_hook(built))
-        return built
-
-    def _build_trace_hook(self, built: list[HookBase | None]) -> HookBase:
-        node = self.cfg.BN.TRACE
-        try:
-            trace = TraceStatistics(
-                self.model,
-                self.cfg.OUTPUT_DIR,
-                period=node.PERIOD,
-                modules=node.MODULES or self.cfg.BN.MODULES,
-                channels=node.CHANNELS,
-            )
-        except ValueError as error:
-            key = "BN.TRACE.MODULES" if node.MODULES else "BN.TRACE.PERIOD > 0: BN.MODULES"
-            raise ConfigError(f"{key} {error}") from error
-        for hook in built:
-            if isinstance(hook, PreciseStatistics):
-                hook.listeners.append(trace.record_population)
-        return trace
-
-    def _build_population_hook(self) -> HookBase:
-        node = self.cfg.BN.POPULATION
-        is_fvcore = node.ESTIMATOR == "fvcore"
-        modules = ["*"] if is_fvcore else self.cfg.BN.MODULES
-        model = self._model_itself()
-        chosen = batch_norms_in_training(model, modules)
-        if not chosen:
-            raise ConfigError(
-                f"BN.POPULATION.ESTIMATOR {node.ESTIMATOR}: no BN layer in training mode matches "
-                f"BN.MODULES {list(modules)}, so there are no statistics to estimate. "
-                f"{describe_batch_norms(model)}"
-            )
-        others = [name for name in batch_norms_in_training(model, ["*"]) if name not in chosen]
-        if others:
-            logger.info(
-                "%d BN layers outside BN.MODULES %s keep their running averages, such as %s.",
-                *(len(others), list(modules), others[0]),
-            )
-        period = node.PERIOD or self.cfg.TEST.EVAL_PERIOD
-        if is_fvcore:
-            cfg, num_batches = self._population_source()
-            return hooks.PreciseBN(period, self.model, self.build_train_loader(cfg), num_batches)
-        return PreciseStatistics(
-            model,
-            *self._population_batches(),
-            periods=(period,),
-            modules=modules,
-            restore_ema=node.RESTORE_EMA,
-            **self._population_options(),
-        )
-
-    def _build_freeze_hook(self) -> HookBase:
-        node = self.cfg.BN.FREEZE
-        key = "BN.FREEZE.MODULES" if node.MODULES else "BN.MODULES"
-        model = self._model_itself()
-
-        def estimate(layers: list[str]) -> None:
-            options = self._population_options()
-            statistics = estimate_statistics(
-                model, *self._population_batches(), modules=layers, **options
-            )
-            apply_statistics(model, statistics)
-
-        try:
-            return FreezeStatistics(
-                model,
-                first_frozen_iteration(self.cfg),
-                node.MODULES or self.cfg.BN.MODULES,
-                precise=estimate if node.STATISTICS == "precise" else None,
-                fixed=self._trainer.optimizer if node.AFFINE == "fixed" else None,
-            )
-        except ValueError as error:
-            raise ConfigError(
-                f"BN.FREEZE.LAST_ITERS {node.LAST_ITERS}: {key} {error} "
-                f"{describe_batch_norms(model)}"
-            ) from error
-
-    def _model_itself(self) -> nn.Module:
-        is_ddp = isinstance(self.model, DistributedDataParallel)
-        return self.model.module if is_ddp else self.model
-
-    def _population_source(self) -> tuple[CfgNode, int]:
-        """The config of the loader for estimates, and the number of batches of each worker."""
-        cfg = self.cfg.clone()
-        cfg.defrost()
-        cfg.SOLVER.IMS_PER_BATCH = cfg.BN.POPULATION.BATCH_SIZE or cfg.SOLVER.IMS_PER_BATCH
-        cfg.DATALOADER.NUM_WORKERS = 0  # the loader lives beside that of the training
-        return cfg, math.ceil(cfg.BN.POPULATION.NUM_SAMPLES / cfg.SOLVER.IMS_PER_BATCH)
-
-    def _population_batches(self) -> tuple[Callable[[], Iterable[list[dict[str, Any]]]], int]:
-        cfg, num_batches = self._population_source()
-        # Inference sees images as its own mapper makes them.
-        at_inference = cfg.BN.POPULATION.ROIS == "inference"
-        mapper = DatasetMapper(cfg, False) if at_inference else None
-        # The same images each time, so that estimates differ by the model alone.
-        return lambda: build_train_loader(cfg, mapper, seed=max(cfg.SEED, 0)), num_batches
-
-    def _population_options(self) -> dict[str, Any]:
-        node = self.cfg.BN.POPULATION
-        estimator = "pooled" if node.ESTIMATOR == "ema" else node.ESTIMATOR
-        return {"estimator": estimator, "tolerance": node.TOLERANCE, "rois": node.ROIS}
+        return add_statistics_hooks(self, super().build_hooks())
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
