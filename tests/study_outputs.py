@@ -80,6 +80,20 @@ def write_training(
     return place
 
 
+def write_trace(folder: Path, run: str, seed: int) -> None:
+    """A bn_trace.jsonl of one layer and channel."""
+    lines = []
+    for iteration in range(19, 400, 20):
+        record = {"iteration": iteration, "layer": "box_head.norm", "channel": 3}
+        values = {"batch_mean": (iteration % 7) / 7, "batch_var": 1.0, "ema_mean": 0.4}
+        lines.append(json.dumps(record | values | {"ema_var": 0.9}))
+        if iteration % 100 == 99:
+            population = {"population_mean": 0.5, "population_var": 0.95}
+            lines.append(json.dumps(record | population))
+    path = folder / run / f"seed_{seed}" / "bn_trace.jsonl"
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
 def make_results(folder: Path, study: Study) -> dict[Cell, Path]:
     """Every cell of a study: the first run leaks, the others do not."""
     random = np.random.default_rng(0)

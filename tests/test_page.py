@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from browser import open_browser, open_page
 from jinja2 import UndefinedError
 from matplotlib.colors import to_rgb
 
 from bn_detection.page import COLORS, figure, new_figure, render, write_page
-from bn_detection.page.render import _number
+from bn_detection.page.render import _environment, _number
 
 TEMPLATES = Path(__file__).parents[1] / "bn_detection/page/templates"
 
 
-def _luminance(color: str) -> float:
+def _luminance(color: str | list[float]) -> float:
     """Relative luminance of WCAG 2."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
     return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
@@ -47,15 +50,15 @@ def test_text_and_lines_stand_out_on_both_themes(theme: dict[str, str]) -> None:
         assert _contrast(color, theme["page"]) >= 3, color
 
 
-def test_what_is_filled_in_is_escaped_and_must_be_there() -> None:
-    with pytest.raises(UndefinedError):
+def test_a_name_that_is_missing_is_an_error() -> None:
+    with pytest.raises(UndefinedError, match="study"):
         render("report.html.j2")
 
 
 def test_numbers() -> None:
-    assert _number(-1.25, 1) == "−1.2"
+    assert _number(-1.26, 1) == "\N{MINUS SIGN}1.3"
     assert _number(3.0, 1, signed=True) == "+3.0"
-    assert _number(None) == "–"
+    assert _number(None) == "\N{EN DASH}"
 
 
 def test_figure_says_what_it_shows_and_repeats_no_id() -> None:
@@ -87,3 +90,104 @@ def test_a_page_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
         write_page(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+PAGE = """{% extends "base.html.j2" %}
+{% block title %}Tables{% endblock %}
+{% block content %}
+<h1>{{ heading }}</h1>
+<label>Rows <input class="filter" data-table="t"></label>
+<div class="scroll"><table class="sortable" id="t"><caption>Things</caption>
+<thead><tr><th scope="col">Name</th><th scope="col">Value</th></tr></thead>
+<tbody>
+{% for name, text, value in rows %}
+<tr><th scope="row">{{ name }}</th><td data-value="{{ value }}">{{ text }}</td></tr>
+{% endfor %}
+</tbody></table></div>
+{% endblock %}"""
+ROWS = [
+    ("run 10", "9.5 ± 1", "9.5"),
+    ("Run 2", "10.1 ± 1", "10.1"),
+    ("run 1", "-3", "-3"),
+    ("other", "", ""),
+]
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with open_browser() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    environment = _environment()
+    path = tmp_path / "page.html"
+    html = environment.from_string(PAGE).render(heading="<b>bold</b>", rows=ROWS)
+    write_page(path, html)
+    return path
+
+
+def _names(page: Any) -> list[str]:
+    return page.locator("tbody tr:visible th").all_inner_texts()
+
+
+def test_tables_sort_by_number_and_by_text(chromium: Any, page: Path) -> None:
+    with open_page(chromium, page) as opened:
+        assert opened.locator("h1").inner_text() == "<b>bold</b>"
+        name, value = opened.locator("thead th").all()
+        assert value.get_attribute("aria-sort") is None
+        value.locator("button").click()
+        assert _names(opened) == ["run 1", "run 10", "Run 2", "other"]
+        assert value.get_attribute("aria-sort") == "ascending"
+        value.locator("button").click()
+        assert _names(opened) == ["Run 2", "run 10", "run 1", "other"]
+        assert value.get_attribute("aria-sort") == "descending"
+        name.locator("button").click()
+        assert _names(opened) == ["other", "run 1", "Run 2", "run 10"]
+        assert value.get_attribute("aria-sort") is None
+
+
+def test_rows_are_filtered_by_every_word(chromium: Any, page: Path) -> None:
+    with open_page(chromium, page) as opened:
+        opened.locator("input").fill("RUN 1")
+        assert _names(opened) == ["run 10", "Run 2", "run 1"]  # "10.1" has a 1 as well
+        opened.locator("input").fill("9.5 run")
+        assert _names(opened) == ["run 10"]
+        assert opened.locator("output").inner_text() == "1 of 4 rows"
+        opened.locator("input").fill("")
+        assert len(_names(opened)) == 4
+
+
+def test_keyboard_alone_reaches_the_content_and_sorts(chromium: Any, page: Path) -> None:
+    with open_page(chromium, page) as opened:
+        focused = opened.locator(":focus")
+        opened.keyboard.press("Tab")
+        assert focused.inner_text() == "Skip to the content"
+        assert focused.bounding_box()["x"] >= 0
+        opened.keyboard.press("Enter")
+        assert focused.get_attribute("id") == "content"
+        opened.keyboard.press("Tab")
+        while focused.evaluate("e => e.tagName") != "BUTTON":
+            opened.keyboard.press("Tab")
+        assert focused.evaluate("e => getComputedStyle(e).outlineStyle") == "solid"
+        opened.keyboard.press("Enter")
+        assert _names(opened)[0] == "other"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_theme_is_that_of_the_reader(scheme: str, chromium: Any, page: Path) -> None:
+    with open_page(chromium, page, color_scheme=scheme) as opened:
+        found = opened.evaluate("getComputedStyle(document.body).backgroundColor")
+    shade = _luminance([int(part) / 255 for part in re.findall(r"\d+", found)][:3])
+    assert shade > 0.9 if scheme == "light" else shade < 0.05
+
+
+def test_print_has_no_controls(chromium: Any, page: Path) -> None:
+    with open_page(chromium, page, color_scheme="dark") as opened:
+        opened.emulate_media(media="print")
+        assert opened.locator(".skip").is_hidden()
+        arrow = "getComputedStyle(document.querySelector('th button'), '::after').content"
+        assert opened.evaluate(arrow) == "none"
+        color = "getComputedStyle(document.body).backgroundColor"
+        assert opened.evaluate(color) == "rgb(255, 255, 255)"

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable
 from importlib import metadata
@@ -110,7 +111,7 @@ def begin(cfg: CfgNode, args: argparse.Namespace, folder: str) -> CfgNode:
     if device != cfg.MODEL.DEVICE:
         logger.warning("MODEL.DEVICE %s: there is no GPU here, so this runs on the CPU.", device)
     if comm.is_main_process():
-        _write_versions(Path(shown.OUTPUT_DIR, "versions.json"))
+        _write_versions(Path(shown.OUTPUT_DIR, "versions.json"), cfg.MODEL.DEVICE)
     register_datasets(cfg)
     return cfg
 
@@ -152,6 +153,16 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def _write_versions(path: Path) -> None:
+def device_name(device: str) -> str:
+    """The model of a GPU, or of the CPU, that a MODEL.DEVICE stands for."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpus = Path("/proc/cpuinfo")
+    models = re.findall(r"^model name\s*: (.+)$", cpus.read_text(), re.M) if cpus.exists() else []
+    return next(iter(models), platform.processor() or platform.machine())
+
+
+def _write_versions(path: Path, device: str) -> None:
     content = {"command": sys.argv, "versions": installed_versions()}
+    content["device"] = device_name(device)
     path.write_text(json.dumps(content, indent=2) + "\n")

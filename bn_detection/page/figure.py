@@ -63,6 +63,7 @@ def figure(fig: Figure, alt: str, caption: str) -> Markup:
     svg = re.sub(r'(href="|url\()#', rf"\1#{own}-", svg)
     svg = re.sub(r"<(metadata|style).*?</\1>", "", svg, flags=re.DOTALL)
     svg = svg.replace("#000000", "currentColor")
-    label = Markup('role="img" aria-label="{}"').format(alt)
-    svg = svg.replace("<svg ", f"<svg {label} ", 1)
-    return Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(Markup(svg), caption)
+    return Markup(
+        '<figure><div class="scroll" tabindex="0" role="img" aria-label="{}">{}</div>'
+        "<figcaption>{}</figcaption></figure>"
+    ).format(alt, Markup(svg), caption)

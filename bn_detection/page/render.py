@@ -37,6 +37,10 @@ def render(template: str, **context: Any) -> str:
         jinja2.TemplateNotFound: no template has this name.
         jinja2.UndefinedError: the template names something that ``context`` lacks.
     """
+    return _environment().get_template(template).render(**context)
+
+
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("bn_detection.page"),
         autoescape=True,
@@ -48,7 +52,7 @@ def render(template: str, **context: Any) -> str:
     environment.globals["source"] = lambda name: Markup(
         environment.loader.get_source(environment, name)[0]
     )
-    return environment.get_template(template).render(**context)
+    return environment
 
 
 def write_page(path: Path, html: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..page import COLORS, MARKERS, new_figure
 from ..population import read_trace
@@ -73,9 +75,9 @@ def meaning_of_bars(results: StudyResults, over_images: bool = False) -> str:
     number = len(results.study.seeds)
     if number > 1:
         return f"Bars: 95 % intervals over {number} seeds."
-    return (
-        "One seed; bars: 95 % intervals over images." if over_images else "One seed: no interval."
-    )
+    if over_images:
+        return "One seed; bars: 95 % intervals over images."
+    return "One seed: no interval."
 
 
 def _over_x_axis(results: StudyResults) -> Drawn | None:
@@ -105,7 +107,7 @@ def _over_x_axis(results: StudyResults) -> Drawn | None:
     axes.minorticks_off()
     axes.set_xlabel(study.x_axis)
     axes.set_ylabel("box AP (%)")
-    figure.legend(loc="outside upper left", frameon=False)
+    _legend_above(figure, axes)
     alt = f"Box AP over {study.x_axis}. {' '.join(words)}"
     caption = f"Box AP over {study.x_axis}. {meaning_of_bars(results)}"
     return Drawn("over_x_axis", figure, alt, caption)
@@ -114,7 +116,7 @@ def _over_x_axis(results: StudyResults) -> Drawn | None:
 def _ap_by_inference(results: StudyResults) -> Drawn | None:
     """A row a run and a mark an evaluation, or the other way round if there are fewer runs."""
     runs, names = list(results.study.runs), results.evaluations(BOX_AP)
-    if not names:
+    if not names or results.study.x_axis is not None:
         return None
     by_run = len(names) <= len(runs)
     rows, marks = (runs, names) if by_run else (names, runs)
@@ -129,7 +131,7 @@ def _ap_by_inference(results: StudyResults) -> Drawn | None:
     _dots(axes, places)
     axes.set_xlabel("box AP (%)")
     if len(marks) > 1:
-        figure.legend(loc="outside upper left", frameon=False, ncols=min(len(marks), 2))
+        _legend_above(figure, axes)
     alt = f"Box AP by {'run and evaluation' if by_run else 'evaluation and run'}. "
     caption = f"Box AP by what inference normalizes with. {meaning_of_bars(results)}"
     caption += _left_out(rows, MOST_ROWS, "rows") + _left_out(marks, _MOST_CURVES, "marks")
@@ -163,8 +165,7 @@ def _leak_by_run(results: StudyResults) -> Drawn | None:
         panel.axvline(0, color="black", linewidth=1)
         panel.set_xlabel(f"{quantity} (points)")
         words.append(f"In {quantity}: {_rows_in_words(places)}")
-    handles = np.atleast_1d(panels)[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper left", frameon=False, ncols=2)
+    _legend_above(figure, np.atleast_1d(panels)[0])
     caption = (
         "Leakage (own worker's batch minus RoIs shuffled over images) and inconsistency (own "
         "worker's batch minus population statistics), by the probe. "
@@ -185,7 +186,7 @@ def _training_curves(results: StudyResults) -> Drawn | None:
     if not curves:
         return None
     runs = [run for run in results.study.runs if any(run in of for of in curves.values())]
-    figure, panels = new_figure(8.6 if len(curves) > 1 else 5.2, 3.8, ncols=len(curves))
+    figure, panels = new_figure(8.6 if len(curves) > 1 else 6.4, 3.8, ncols=len(curves))
     words = []
     for panel, scalar in zip(np.atleast_1d(panels), curves, strict=True):
         ends = []
@@ -202,8 +203,8 @@ def _training_curves(results: StudyResults) -> Drawn | None:
                 ends.append(f"{run}: {mean[-1]:.3g} at iteration {common[-1]}")
         panel.set_xlabel("iteration")
         panel.set_ylabel(scalars[scalar])
-        if scalar == "total_loss":
-            panel.set_yscale("log")
+        panel.set_ylim(bottom=0)
+        panel.xaxis.set_major_locator(MaxNLocator(5))
         words.append(f"{scalars[scalar].capitalize()}: {'; '.join(ends)}.")
     _legend_above(figure, np.atleast_1d(panels)[0])
     caption = "Training loss" + (" and accuracy on foreground RoIs" if len(curves) > 1 else "")
@@ -305,7 +306,7 @@ def _levels(results: StudyResults) -> Drawn | None:
         return None
     shown = dict(list(found.items())[:_MOST_PANELS])
     figure, panels = new_figure(
-        max(3.2 * len(shown), 5.0), 3.6, ncols=len(shown), squeeze=False, sharey=True
+        max(3.2 * len(shown), 6.4), 3.6, ncols=len(shown), squeeze=False, sharey=True
     )
     words = []
     for panel, (title, layers) in zip(panels[0], shown.items(), strict=True):
@@ -321,7 +322,7 @@ def _levels(results: StudyResults) -> Drawn | None:
             words.append(f"{title}, {layer}: {numbers}.")
         panel.set_xticks(range(max(map(len, layers.values()))))
         panel.set_xlabel("level")
-        panel.set_title(title, size=8, loc="left", wrap=True)
+        panel.set_title(textwrap.fill(title, 34), size=8, loc="left")
     panels[0][0].set_ylabel("distance of the means\n(standard deviations)")
     _legend_above(figure, panels[0][0])
     caption = (
@@ -405,7 +406,9 @@ def _dots(axes: Axes, places: dict[str, dict[str, Estimate]]) -> None:
 
 def _legend_above(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    columns = 2 if max(map(len, labels), default=0) > 24 else 3
+    # In inches: a letter is about 1/12, the line or mark beside a label half of one.
+    fitting = int(figure.get_figwidth() / (max(map(len, labels)) / 12 + 0.6))
+    columns = min(max(fitting, 1), len(labels))
     figure.legend(handles, labels, loc="outside upper left", frameon=False, ncols=columns)
 
 

@@ -74,11 +74,13 @@ class _Table:
         title: of the section.
         unit: of its numbers.
         columns: header, metric and evaluation.
+        of_probe: whether its numbers have intervals over images of their own.
     """
 
     title: str
     unit: str
     columns: list[tuple[str, str, str]]
+    of_probe: bool = False
 
 
 class _Entry(NamedTuple):
@@ -105,7 +107,7 @@ def _tables(results: StudyResults) -> Iterator[_Table]:
                 for header, metric in metrics.items()
                 if name in results.evaluations(metric)
             ]
-            yield _Table(f'probe "{name}": {quantity}', "% and points", columns)
+            yield _Table(f'probe "{name}": {quantity}', "% and points", columns, of_probe=True)
 
 
 def _entry(results: StudyResults, run: str, metric: str, evaluation: str) -> str:
@@ -139,7 +141,6 @@ def _page(
         "report.html.j2",
         study=study,
         reading=reading,
-        scale=_scale(results),
         tables=[_as_rows(results, table) for table in _tables(results)],
         figures=[figure(drawn.figure, drawn.alt, drawn.caption) for drawn in figures],
         failures=[(failure.title, _tail(failure.log)) for failure in failures],
@@ -151,10 +152,10 @@ def _page(
     )
 
 
-def _scale(results: StudyResults) -> str:
+def _scale(results: StudyResults, table: _Table) -> str:
     number = len(results.study.seeds)
     if number == 1:
-        return "one seed; in brackets, 95 % bootstrap intervals over images where there are any"
+        return f"one seed{', with 95 % intervals over images' if table.of_probe else ''}"
     return f"mean ± half of the 95 % interval over {number} seeds (Student's t)"
 
 
@@ -170,8 +171,9 @@ def _as_rows(results: StudyResults, table: _Table) -> dict[str, Any]:
         for column, metric, evaluation in table.columns
     }
     differences = {}
+    compared = [c for c in table.columns if not table.of_probe or c[1] in LEAKAGES]
     for run in study.runs:
-        for column, metric, evaluation in table.columns:
+        for column, metric, evaluation in compared:
             found = results.difference(metric, run, evaluation)
             if run != study.baseline and found.number:
                 text = _with_sign(found, decimals(metric))
@@ -185,8 +187,13 @@ def _as_rows(results: StudyResults, table: _Table) -> dict[str, Any]:
     return {
         "title": table.title[0].upper() + table.title[1:],
         "unit": table.unit,
+        "scale": _scale(results, table),
         "values": _grid(values, names, columns),
-        "differences": _grid(differences, {run: run for run in others}, columns)
+        "differences": _grid(
+            differences,
+            {run: run for run in others},
+            [column for column in columns if any(column == place[1] for place in differences)],
+        )
         if differences
         else None,
     }

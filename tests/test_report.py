@@ -1,0 +1,289 @@
+"""The report of a study: its numbers, what it says of them, and its page in a browser."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from browser import open_browser, open_page
+from PIL import Image
+from study_outputs import (
+    make_results,
+    make_study,
+    write_ap,
+    write_probe,
+    write_trace,
+    write_training,
+)
+
+from bn_detection.study.figures import draw_all
+from bn_detection.study.matrix import Cell, Failure
+from bn_detection.study.reading import read_results
+from bn_detection.study.report import write_report
+from bn_detection.study.results import collect_results
+from bn_detection.study.study_file import read_study
+
+CURVE = [0.1] * 8 + [0.9, 0.7]
+
+
+def test_the_table_has_what_is_done_and_says_what_failed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    study = make_study(tmp_path, ["BN", "GN"], [1, 2, 3])
+    aps = {("BN", "population"): (50, 52, 54), ("BN", "batch"): (60, 61)}
+    results = {}
+    for (run, evaluation), values in aps.items():
+        for seed, value in enumerate(values, start=1):
+            cell = Cell(run, evaluation, seed)
+            results[cell] = write_ap(tmp_path, cell, bbox=value)
+            write_training(tmp_path, run, seed, CURVE)
+    written = json.loads(write_report(study, results, tmp_path).read_text())
+    lines = capfd.readouterr().out.splitlines()
+    assert "Box AP, 3 seeds: mean ± half of the 95 % interval" in lines
+    # 4.303 * 2 / sqrt(3) and 12.706 * 0.7071 / sqrt(2), from tables of Student's t.
+    assert [re.split("  +", line) for line in lines if line.startswith(("BN", "GN"))][:2] == [
+        ["BN", "52.0 ± 5.0", "60.5 ± 6.4 (2 of 3 seeds)"],
+        ["GN", "failed"],
+    ]
+    assert "4 of 9 results are missing; means are over the seeds that are there." in lines
+    assert written["versions"] == [{"python": "3.11", "torch": "2.14"}]
+    assert written["box AP"][1]["by_seed"] == {"1": 60, "2": 61}
+    assert written["metrics by run, evaluation and seed"]["BN"]["batch"]["2"]["bbox"]["AP"] == 61
+
+
+def test_undefined_ap_is_left_out_of_the_mean_and_said(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    study = make_study(tmp_path, ["BN"], [1, 2, 3])
+    results = {}
+    for seed, value in ((1, 40.0), (2, None), (3, 42.0)):
+        for name in study.evaluations:
+            cell = Cell("BN", name, seed)
+            ap = value if name == "population" else None
+            results[cell] = write_ap(tmp_path, cell, bbox=ap)
+    path = write_report(study, results, tmp_path)
+    entries = json.loads(path.read_text())["box AP"]
+    assert [(entry["mean"], entry["number"]) for entry in entries] == [(41.0, 2), (None, 0)]
+    assert "NaN" not in path.read_text()
+    printed = capfd.readouterr().out
+    assert "41.0 ± 12.7 (2 of 3 seeds)" in printed
+    assert "undefined" in printed
+    assert "4 numbers are undefined and left out of the means." in printed
+
+
+def test_training_accuracy_is_of_the_last_fifth_of_a_training_that_ended(tmp_path: Path) -> None:
+    study = make_study(tmp_path, ["BN", "GN"], [1])
+    place = write_training(tmp_path, "BN", 1, CURVE)
+    write_training(tmp_path, "GN", 1, CURVE, done=False)
+    # A line cut short, and iterations that ran again after an interruption.
+    with (place / "metrics.json").open("a") as file:
+        file.write('{"iteration": 199, "fast_rcnn/fg_c\n')
+        file.write('{"iteration": 199, "fast_rcnn/fg_cls_accuracy": 0.5, "total_loss": NaN}\n')
+    results = collect_results(study, {}, tmp_path)
+    # Iterations 179 and 199 are the two records of the last 40 of 200.
+    assert results.by_seed("training accuracy", "BN", "training") == {1: pytest.approx(70.0)}
+    assert results.by_seed("training accuracy", "GN", "training") == {}
+    assert results.trainings["GN", 1].seconds is None
+
+
+def test_probes_have_a_table_and_differences_by_hand(tmp_path: Path) -> None:
+    study = make_study(tmp_path, ["BN", "ShuffleBN"], [1, 2], probe=True)
+    modes = ("own_image", "own_worker", "shuffled", "population")
+    accuracies = {
+        ("BN", 1): (90, 90, 70, 60),
+        ("BN", 2): (92, 92, 74, 60),
+        ("ShuffleBN", 1): (80, 80, 80, 79),
+        ("ShuffleBN", 2): (81, 81, 80, 79),
+    }
+    results = {}
+    for (run, seed), values in accuracies.items():
+        cell = Cell(run, "leak", seed)
+        results[cell] = write_probe(tmp_path, cell, dict(zip(modes, values, strict=True)))
+    content = json.loads(write_report(study, results, tmp_path).read_text())
+    leak = {entry["run"]: entry for entry in content["leakage in accuracy"]}
+    assert leak["BN"]["mean"] == pytest.approx(19)
+    assert leak["BN"]["interval over"] == "seeds"
+    # Leakages of 20, 18 and 0, 1: differences of -20 and -17, with 12.706 * 1.5 around -18.5.
+    difference = leak["ShuffleBN"]["difference to the baseline"]
+    assert difference["mean"] == pytest.approx(-18.5)
+    assert difference["half_width_95"] == pytest.approx(12.706 * 1.5, rel=1e-3)
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["run", "evaluation", "seed", "metric", "value"]
+    assert ["BN", "leak", "2", "accuracy, shuffled", "74"] in rows
+    assert ["ShuffleBN", "leak", "2", "inconsistency in accuracy", "2"] in rows
+
+
+def test_the_reading_says_what_the_intervals_support(tmp_path: Path) -> None:
+    study = make_study(tmp_path, ["GN", "BN", "SyncBN"], [1, 2, 3], head="baseline: BN")
+    aps = {"BN": (70, 72, 74), "GN": (80, 81.5, 84), "SyncBN": (74, 68, 76)}
+    results = {}
+    for run, values in aps.items():
+        for seed, value in enumerate(values, start=1):
+            cell = Cell(run, "population", seed)
+            results[cell] = write_ap(tmp_path, cell, bbox=value)
+    sentences = read_results(collect_results(study, results, tmp_path))
+    # GN: 10, 9.5, 10. SyncBN: 4, -4, 2, mean 0.667 and 4.303 * 4.163 / sqrt(3).
+    assert (
+        'Box AP under "population": GN (+9.8 ± 0.7 points) is above BN\'s; '
+        "SyncBN (+0.7 ± 10.3 points) cannot be told from BN's."
+    ) in sentences
+    assert any(sentence.startswith("2 differences were compared") for sentence in sentences)
+
+
+def test_one_seed_supports_no_difference_but_a_leak_over_images(tmp_path: Path) -> None:
+    study = make_study(tmp_path, ["BN", "GN"], [1], probe=True)
+    results = {}
+    for run, shuffled in (("BN", 70), ("GN", 89.5)):
+        cell = Cell(run, "leak", 1)
+        accuracy = {"own_image": 90, "own_worker": 90, "shuffled": shuffled, "population": 90}
+        results[cell] = write_probe(tmp_path, cell, accuracy)
+        cell = Cell(run, "population", 1)
+        results[cell] = write_ap(tmp_path, cell, bbox=shuffled)
+    sentences = read_results(collect_results(study, results, tmp_path))
+    assert any(sentence.startswith("One seed supports no statement") for sentence in sentences)
+    assert not any("Box AP under" in sentence for sentence in sentences)
+    assert (
+        'Leakage in accuracy under "leak", for the weights of one seed (interval over images): '
+        "BN (+20.0 [19.0, 21.0] points) is above zero; "
+        "GN (+0.5 [-0.5, 1.5] points) cannot be told from zero."
+    ).replace("-", "\N{MINUS SIGN}") in sentences
+
+
+def test_only_figures_with_data_are_drawn_and_their_text_has_the_numbers(tmp_path: Path) -> None:
+    study = make_study(tmp_path, ["BN", "GN"], [1, 2], probe=True)
+    assert draw_all(collect_results(study, {}, tmp_path)) == []
+    results = make_results(tmp_path, study)
+    write_trace(tmp_path, "BN", 1)
+    for name, means in (("head.1.0", [0.0, 0.0]), ("head.1.1", [1.0, 7.0])):
+        state = {f"{name}.running_mean": torch.tensor(means)}
+        state[f"{name}.running_var"] = torch.tensor([1.0, 4.0])
+        path = tmp_path / "GN" / "seed_1" / "model_final.pth"
+        before = torch.load(path)["model"] if path.exists() else {}
+        torch.save({"model": before | state}, path)
+    write_report(study, results, tmp_path)
+    drawn = {each.name: each for each in draw_all(collect_results(study, results, tmp_path))}
+    assert [*drawn] == ["ap_by_inference", "leak_by_run", "training_curves", "traces", "levels"]
+    for name in drawn:
+        with Image.open(tmp_path / "figures" / f"{name}.png") as image:
+            assert image.width > 600
+        assert (tmp_path / "figures" / f"{name}.svg").read_text().startswith("<?xml")
+    # sqrt((1 / 1 + 49 / 4) / 2) = 2.574, as eps is 1e-5.
+    assert "GN, head.1: 0.00, 2.57." in drawn["levels"].alt
+    assert "last means: mini-batch" in drawn["traces"].alt
+    assert re.search(r"BN: population 7\d\.\d ± \d+\.\d, batch 8", drawn["ap_by_inference"].alt)
+    assert "leakage 12.0" in drawn["leak_by_run"].alt
+
+
+def test_the_x_axis_has_a_figure_of_its_own(tmp_path: Path) -> None:
+    study = make_study(tmp_path, ["2", "8"], [1, 2], head="x_axis: images")
+    results = make_results(tmp_path, study)
+    names = [each.name for each in draw_all(collect_results(study, results, tmp_path))]
+    assert names == ["over_x_axis", "training_curves"]
+
+
+def test_recalibrated_statistics_have_their_distance(tmp_path: Path) -> None:
+    study = make_study(tmp_path, ["BN"], [1])
+    study.path.write_text(study.path.read_text() + "  precise: {recalibrate: {}}\n")
+    study = read_study(study.path)
+    write_training(tmp_path, "BN", 1, CURVE)
+    path = tmp_path / "BN" / "seed_1" / "evaluations" / "precise" / "recalibrated.json"
+    path.parent.mkdir(parents=True)
+    layers = {"a": {"change_of_mean": 0.3}, "b": {"change_of_mean": 0.4}}
+    path.write_text(json.dumps({"layers": layers}))
+    (drawn,) = [
+        each
+        for each in draw_all(collect_results(study, {}, tmp_path))
+        if each.name == "ema_against_population"
+    ]
+    assert "BN: precise 0.35." in drawn.alt  # sqrt((0.09 + 0.16) / 2)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with open_browser() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    study = make_study(folder, ["BN", "Shuffle <BN>", "GN"], [1, 2, 3], probe=True)
+    results = make_results(folder, study)
+    results.pop(Cell("GN", "population", 3))
+    log = folder / "failed.log"
+    log.write_text("".join(f"line {n}\n" for n in range(100)) + "RuntimeError: <no> space\n")
+    write_report(study, results, folder, [Failure("GN, seed 3: population", log)])
+    return folder / "report.html"
+
+
+def test_the_page_has_everything_and_asks_for_nothing(chromium: Any, report: Path) -> None:
+    with open_page(chromium, report) as page:
+        text = page.locator("main").inner_text()
+        for part in (
+            *("What the normalization batch is made of.", "A processor", "torch 2.14"),
+            *("RuntimeError: <no> space", "line 99", "Shuffle <BN>", "2 of 3 seeds", "open"),
+            *("BN (baseline)", "9 of 9", "leakage probe", "BN.INFERENCE batch"),
+        ):
+            assert part in text, part
+        assert "line 50" not in text
+        for table in page.locator("table").all():
+            assert table.locator("caption").count() == 1
+            assert table.locator("th:not([scope])").count() == 0
+        for figure in page.locator("figure").all():
+            assert len(figure.locator("[role=img]").get_attribute("aria-label")) > 40
+        ids = page.evaluate("Array.from(document.querySelectorAll('[id]'), e => e.id)")
+        assert len(ids) == len({*ids})
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_scrolls_tables_and_not_the_page(scheme: str, chromium: Any, report: Path) -> None:
+    viewport = {"width": 390, "height": 844}
+    with open_page(chromium, report, viewport=viewport, color_scheme=scheme) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        page.mouse.wheel(300, 0)
+        assert page.evaluate("scrollX") == 0
+
+
+def test_it_prints(chromium: Any, report: Path, tmp_path: Path) -> None:
+    with open_page(chromium, report) as page:
+        page.emulate_media(media="print")
+        assert page.locator(".filters").is_hidden()
+        path = tmp_path / "report.pdf"
+        page.pdf(path=path, format="A4")
+    number = len(re.findall(rb"/Type\s*/Page\b", path.read_bytes()))
+    assert 3 <= number <= 12
+
+
+@pytest.mark.timeout(240)
+def test_a_thousand_runs_open_and_sort(chromium: Any, tmp_path: Path, record_property: Any) -> None:
+    runs = [f"run {number}" for number in range(1000)]
+    study = make_study(tmp_path, runs, [1])
+    results = {}
+    for number, run in enumerate(runs):
+        cell = Cell(run, "population", 1)
+        results[cell] = write_ap(tmp_path, cell, bbox=number * 7919 % 1000 / 10, segm=number / 20)
+    write_report(study, results, tmp_path)
+    start = time.monotonic()
+    with open_page(chromium, tmp_path / "report.html") as page:
+        record_property("seconds to open", time.monotonic() - start)
+        rows = page.locator("#all tbody tr")
+        assert rows.count() == 1000
+        sort = """() => {
+            const start = performance.now();
+            document.querySelectorAll("#all thead button")[3].click();
+            document.body.getBoundingClientRect();
+            return performance.now() - start;
+        }"""
+        record_property("milliseconds to sort", page.evaluate(sort))
+        values = page.evaluate(
+            "Array.from(document.querySelectorAll('#all tbody tr'), r => +r.cells[3].textContent)"
+        )
+        assert values == sorted(values) == [number / 10 for number in range(1000)]
