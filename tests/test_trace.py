@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.engine.train_loop import TrainerBase
+from detectron2.layers import NaiveSyncBatchNorm
 from distributed import run_workers
 from reference import CHANNELS, relative_error, samples
 from test_train_net import refused, trainer
@@ -59,7 +61,7 @@ def unbiased(x: Tensor) -> tuple[Tensor, Tensor]:
     return flat.mean(1), flat.var(1)
 
 
-@pytest.mark.parametrize("layer", [nn.BatchNorm2d, PartitionedBatchNorm2d])
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d, nn.SyncBatchNorm, PartitionedBatchNorm2d])
 def test_batch_and_ema_are_those_of_the_inputs(layer: Any, tmp_path: Path) -> None:
     xs = samples(SIZES[1])
     Toy(nn.Sequential(layer(CHANNELS)), xs, tmp_path, period=1, channels=99).train(0, 4)
@@ -77,23 +79,41 @@ def test_batch_and_ema_are_those_of_the_inputs(layer: Any, tmp_path: Path) -> No
                 assert relative_error(got, expected) < 1e-6
 
 
-def _trace_of_worker_0(rank: int, world_size: int, partition: str, output: str) -> None:
-    model = nn.Sequential(PartitionedBatchNorm2d(CHANNELS, partition=partition))
+class CPUSyncBatchNorm(nn.SyncBatchNorm):
+    """Torch's refuses CPU tensors of several workers; the trace needs its input alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+STOCK = {
+    "nn.BatchNorm2d": nn.BatchNorm2d,
+    "nn.SyncBatchNorm": CPUSyncBatchNorm,
+    "NaiveSyncBatchNorm": partial(NaiveSyncBatchNorm, stats_mode="N"),
+}
+
+
+def _trace_of_worker_0(rank: int, world_size: int, kind: str, output: str) -> None:
+    if kind in STOCK:
+        model = nn.Sequential(STOCK[kind](CHANNELS))
+    else:
+        model = nn.Sequential(PartitionedBatchNorm2d(CHANNELS, partition=kind))
     xs = samples(SIZES[rank], seed=rank)
     Toy(model, xs, Path(output), period=2, channels=99).train(0, 4)
 
 
-@pytest.mark.parametrize("partition", ["worker", "world"])
+@pytest.mark.parametrize("kind", ["worker", "world", *STOCK])
 @pytest.mark.timeout(120)
 def test_with_two_workers_the_batch_is_that_of_worker_0_or_of_both(
-    partition: str, tmp_path: Path
+    kind: str, tmp_path: Path
 ) -> None:
-    run_workers(_trace_of_worker_0, 2, partition, str(tmp_path))
+    run_workers(_trace_of_worker_0, 2, kind, str(tmp_path))
     found = records(tmp_path)
     assert {r["iteration"] for r in found} == {1, 3}
     by_worker = [samples(SIZES[rank], seed=rank) for rank in range(2)]
     for k in (1, 3):
-        seen = [xs[k] for xs in by_worker[: 2 if partition == "world" else 1]]
+        of_worker = kind in ("worker", "nn.BatchNorm2d")
+        seen = [xs[k] for xs in by_worker[: 1 if of_worker else 2]]
         mean, var = unbiased(torch.cat(seen))
         mine = [r for r in found if r["iteration"] == k]
         assert relative_error(torch.tensor([r["batch_mean"] for r in mine]), mean) < 1e-6
