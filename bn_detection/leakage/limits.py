@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ class LimitComparison:
         }
 
 
+@functools.cache
 def sampled_accuracy_limit(
     config: LeakyShapesConfig,
     *,

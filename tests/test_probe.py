@@ -1,0 +1,523 @@
+"""The leakage probe against upstream's training forward, pycocotools, and known answers."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import runpy
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.utils.events import EventStorage
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from test_train_net import QUICKSTART, ROOT
+from torch import Tensor, nn
+
+from bn_detection import ConfigError, PartitionedBatchNorm2d
+from bn_detection.data import LeakyShapesConfig, make_leaky_shapes
+from bn_detection.engine import (
+    Trainer,
+    argument_parser,
+    load_config,
+    preflight_probe,
+    probe,
+)
+from bn_detection.engine.setup import register_datasets
+from bn_detection.leakage import Estimate, images_per_worker, measure_leakage
+from bn_detection.leakage.average_precision import AveragePrecision
+from bn_detection.leakage.batches import (
+    MODES,
+    normalization_batches,
+    normalizing,
+    run_in_batches,
+)
+from bn_detection.leakage.intervals import Ratio, resample
+from bn_detection.leakage.rois import receptive_margin, sample_rois
+
+IMAGES = 5
+parse_probe = runpy.run_path(str(ROOT / "tools" / "probe.py"))["parse"]
+PLAIN = LeakyShapesConfig(texture_amplitude=0.0, pixel_noise=0.0, background_std=0.0)
+STOCK = (
+    *("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"),
+    *("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"),
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("probed")
+    make_leaky_shapes(folder / "val", IMAGES, seed=7, split="val")
+    make_leaky_shapes(folder / "plain", 40, seed=7, config=PLAIN, split="val")
+    return folder
+
+
+def config(data: Path, *more: object, norm: str = "bn", split: str = "val") -> Any:
+    name, folder = f"{data.name}_{split}", data / split
+    options: dict[str, object] = {
+        "DATASETS.COCO_JSON": [[name, f"{folder}/annotations.json", f"{folder}/images"]],
+        "DATASETS.TRAIN": (name,),
+        "DATASETS.TEST": (name,),
+        "OUTPUT_DIR": data / "output",
+        "BN.LEAKAGE.RESAMPLES": 20,
+        "BN.LEAKAGE.IMAGES_PER_WORKER": 2,
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 16,
+    }
+    values = [str(part) for pair in options.items() for part in pair] + [str(m) for m in more]
+    file = str(QUICKSTART / f"mask_rcnn_{norm}.yaml")
+    cfg = load_config(argument_parser().parse_args(["--config-file", file, *values]))
+    register_datasets(cfg)
+    return cfg
+
+
+def build(cfg: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = Trainer.build_model(cfg)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "cls_score" in name or "mask_head.predictor.weight" in name:
+                parameter.normal_(std=0.3)  # predictions that differ from RoI to RoI
+    return model
+
+
+def test_own_image_is_what_upstream_computes_in_training(data: Path) -> None:
+    cfg = config(data)
+    model = build(cfg)
+    report = measure_leakage(cfg, model)
+    assert report.images == 4  # whole workers of 2
+    totals = dict.fromkeys(("loss", "correct", "mask_loss", "mask_correct"), 0.0)
+    rois = foreground = 0
+    model.eval()
+    records = DatasetCatalog.get(cfg.DATASETS.TEST[0])[:4]
+    sampled = list(sample_rois(cfg, model, records, masks=True))
+    model.train()
+    for image in sampled:
+        levels = {"p2": features_of(model, image)}
+        number, positive = len(image.proposals), int(image.foreground.sum())
+        with EventStorage() as storage, torch.no_grad():
+            losses = model.roi_heads._forward_box(levels, [image.proposals])
+            losses |= model.roi_heads._forward_mask(levels, [image.proposals])
+            seen = {name: value for name, (value, _) in storage.latest().items()}
+        rois, foreground = rois + number, foreground + positive
+        totals["loss"] += losses["loss_cls"].item() * number
+        totals["mask_loss"] += losses["loss_mask"].item() * positive
+        totals["correct"] += seen["fast_rcnn/fg_cls_accuracy"] * positive
+        totals["mask_correct"] += seen["mask_rcnn/accuracy"] * positive
+    own = report.modes["own_image"]
+    assert (report.rois, report.foreground_rois) == (rois, foreground)
+    assert own["loss"].value == pytest.approx(totals["loss"] / rois, rel=1e-5)
+    assert own["accuracy"].value == pytest.approx(100 * totals["correct"] / foreground, abs=1e-6)
+    assert own["mask_loss"].value == pytest.approx(totals["mask_loss"] / foreground, rel=1e-5)
+    assert own["mask_accuracy"].value == pytest.approx(
+        100 * totals["mask_correct"] / foreground, abs=0.01
+    )
+    assert own["loss"].value != pytest.approx(report.modes["own_worker"]["loss"].value, rel=1e-3)
+
+
+def features_of(model: nn.Module, image: Any) -> Tensor:
+    pixels = read_image(image.record["file_name"], format="BGR").copy()
+    item = {"image": torch.as_tensor(pixels.transpose(2, 0, 1))}
+    with torch.no_grad():
+        return model.backbone(model.preprocess_image([item]).tensor)["p2"]
+
+
+def test_the_model_and_the_generators_are_untouched(data: Path) -> None:
+    cfg = config(data)
+    model = build(cfg).train()
+    before = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    topk = dict(model.proposal_generator.post_nms_topk)
+    state = torch.get_rng_state()
+    report = measure_leakage(cfg, model)
+    assert torch.equal(state, torch.get_rng_state())
+    assert modes == [module.training for module in model.modules()]
+    assert topk == model.proposal_generator.post_nms_topk
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert report.to_json() == measure_leakage(cfg, model).to_json()
+
+
+def test_stock_heads_with_the_same_weights_give_the_same_report(data: Path) -> None:
+    ours = build(config(data))
+    expected = measure_leakage(config(data), ours).to_json()
+    assert expected["leakage"]["loss"]["value"] != 0
+    for norm in ("BN", "SyncBN"):
+        norms = (*("MODEL.ROI_BOX_HEAD.NORM", norm), *("MODEL.ROI_MASK_HEAD.NORM", norm))
+        cfg = config(data, *STOCK, *norms)
+        stock = build(cfg)
+        stock.load_state_dict(ours.state_dict())
+        assert not any(isinstance(layer, PartitionedBatchNorm2d) for layer in stock.modules())
+        assert_close(measure_leakage(cfg, stock).to_json(), expected)
+    cfg = config(data, "BN.INFERENCE", "batch", norm="shuffle")
+    converted = build(cfg)
+    converted.load_state_dict(ours.state_dict())
+    assert_close(measure_leakage(cfg, converted).to_json(), expected)
+
+
+def assert_close(found: Any, expected: Any) -> None:
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key in expected:
+            assert_close(found[key], expected[key])
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    else:
+        assert found == expected
+
+
+def test_heads_without_batch_statistics_leak_nothing(data: Path) -> None:
+    cfg = config(data, norm="gn")
+    report = measure_leakage(cfg, build(cfg))
+    assert report.batch_norms == []
+    assert "no BN layer" in report.text()
+    assert {*report.modes["shuffled"]} == {"accuracy", "loss", "box_ap"}
+    for differences in (report.leakage, report.inconsistency):
+        assert all(
+            vars(value) == {"value": 0, "low": 0, "high": 0} for value in differences.values()
+        )
+
+
+def test_a_head_that_ignores_its_normalized_values_leaks_nothing(data: Path) -> None:
+    cfg = config(data)
+    model = build(cfg)
+    for layer in model.modules():
+        if isinstance(layer, PartitionedBatchNorm2d):
+            nn.init.zeros_(layer.weight)
+            nn.init.constant_(layer.bias, 0.5)
+    report = measure_leakage(cfg, model)
+    assert report.batch_norms == [
+        name for name, m in model.named_modules() if isinstance(m, PartitionedBatchNorm2d)
+    ]
+    assert report.leakage["loss"].value == pytest.approx(0, abs=1e-6)
+    assert report.leakage["box_ap"].value == pytest.approx(0, abs=1e-6)
+    assert report.inconsistency["mask_loss"].value == pytest.approx(0, abs=1e-6)
+
+
+class _Relative(nn.Module):
+    """Shows the brightness of the middle of an RoI, relative to its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(1)
+        self.norm.running_mean.fill_(3 + (128 - 110) / 50)
+        self.norm.running_var.fill_((40**2 + 24.6**2 + 4**2) / 50**2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        middle = self.norm(x[:, :1, 2:5, 2:5]).mean((1, 2, 3))
+        return nn.functional.pad(middle[:, None], (0, 255))
+
+
+def test_a_head_that_reads_its_batch(data: Path) -> None:
+    cfg = config(
+        data,
+        *("BN.LEAKAGE.IMAGES_PER_WORKER", 1, "BN.LEAKAGE.RESAMPLES", 300),
+        *("MODEL.MASK_ON", False, "MODEL.ROI_HEADS.POSITIVE_FRACTION", 1.0),
+        *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 6),
+        split="plain",
+    )
+    model = build(cfg)
+    with torch.no_grad():
+        for conv in model.backbone.convs:  # passes the brightness on
+            conv.weight.zero_()
+            conv.weight[0, 0, 1, 1] = 1
+            conv.bias.zero_()
+        model.backbone.convs[0].bias.fill_(3)
+        head = model.roi_heads.box_head = _Relative()
+        predictor = model.roi_heads.box_predictor.cls_score
+        levels = (torch.arange(4) - 1.5) * 22 / 24.9  # of the classes, in standard deviations
+        predictor.weight.zero_()
+        predictor.weight[:4, 0] = 2 * levels
+        predictor.bias[:4] = -(levels**2)
+        predictor.bias[4] = -100
+    report = measure_leakage(cfg, model)
+    assert report.batch_norms == ["roi_heads.box_head.norm"]
+    assert report.batch_sizes["own_worker"] == 6
+    assert head.norm.running_mean.item() == pytest.approx(3.36)
+    own, shuffled = simulated_accuracies()
+    accuracy = {mode: values["accuracy"] for mode, values in report.modes.items()}
+    assert accuracy["own_worker"].low < own < accuracy["own_worker"].high
+    assert accuracy["shuffled"].low < shuffled < accuracy["shuffled"].high
+    assert report.leakage["accuracy"].low < own - shuffled < report.leakage["accuracy"].high
+    assert report.leakage["accuracy"].low > 5
+    assert report.inconsistency["accuracy"].low > 5
+    limit = report.limit
+    assert (limit.cue, limit.method) == ("leaky cue", "closed form")
+    assert limit.limit == pytest.approx(41.17, abs=0.01)
+    assert limit.above.low > 0
+    assert "points above" in report.text()
+
+
+def simulated_accuracies() -> tuple[float, float]:
+    """Of that head, percent, from the brightness of 6 objects of an image, and of any images."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(4, size=(20000, 6))
+    brightness = 22 * (labels - 1.5) + rng.normal(0, 40, (20000, 1)) + rng.normal(0, 4, (20000, 6))
+    accuracies = []
+    for order in (np.arange(labels.size), rng.permutation(labels.size)):
+        b, c = brightness.ravel()[order].reshape(-1, 6), labels.ravel()[order].reshape(-1, 6)
+        relative = (b - b.mean(1, keepdims=True)) / b.std(1, keepdims=True)
+        nearest = np.abs(relative[..., None] - (np.arange(4) - 1.5) * 22 / 24.9).argmin(-1)
+        accuracies.append(100 * (nearest == c).mean())
+    return accuracies[0], accuracies[1]
+
+
+def test_one_image_a_worker_is_computed_once(data: Path) -> None:
+    cfg = config(data, "BN.LEAKAGE.IMAGES_PER_WORKER", 1)
+    report = measure_leakage(cfg, build(cfg)).to_json()
+    assert report["modes"]["own_image"] == report["modes"]["own_worker"]
+    json.dumps(report, allow_nan=False)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 9), min_size=6, max_size=6).filter(any),
+    per_worker=st.sampled_from([1, 2, 3]),
+    mode=st.sampled_from(MODES),
+)
+def test_batches_hold_each_roi_once(counts: list[int], per_worker: int, mode: str) -> None:
+    batches = normalization_batches(mode, counts, per_worker, 0)
+    assert sorted(torch.cat(batches).tolist()) == list(range(sum(counts)))
+    image = np.repeat(np.arange(6), counts)
+    for rows in batches:
+        images = {image[row] for row in rows.tolist()}
+        assert len(images) == 1 or mode != "own_image"
+        assert len({i // per_worker for i in images}) == 1 or mode == "shuffled"
+    if mode == "shuffled":
+        sizes = [len(rows) for rows in batches]
+        assert len(batches) == min(6 // per_worker, sum(counts))
+        assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.BatchNorm2d(3), nn.SyncBatchNorm(3), PartitionedBatchNorm2d(3, partition="shuffle")],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_batches_are_normalized_with_their_own_statistics(layer: nn.Module) -> None:
+    layer = nn.Sequential(layer).eval()
+    state = copy.deepcopy(layer.state_dict())
+    x = 3 + 2 * torch.randn(7, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    batches = [torch.tensor([5, 0, 2]), torch.tensor([1, 6, 3, 4])]
+
+    def layers(part: Tensor) -> tuple[Tensor]:
+        return (layer(part),)
+
+    with torch.no_grad(), normalizing(layer, "shuffled"):
+        (found,) = run_in_batches(layers, x, batches)
+    expected = torch.empty_like(x, dtype=torch.double)
+    for rows in batches:
+        part = x[rows].double()
+        var, mean = torch.var_mean(part, (0, 2, 3), correction=0, keepdim=True)
+        expected[rows] = (part - mean) / (var + 1e-5).sqrt()
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    with torch.no_grad(), normalizing(layer, "population"):
+        (found,) = run_in_batches(layers, x, batches)
+    torch.testing.assert_close(found, x, atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+
+
+def coco_problem(seed: int = 0) -> tuple[list[dict], list[dict], list[dict]]:
+    """Images, objects (some crowds) and detections near some of them."""
+    rng = np.random.default_rng(seed)
+    images = [{"id": i, "height": 100, "width": 100} for i in range(7)]
+    objects, detections = [], []
+    for image in range(6):  # the last has none
+        for _ in range(rng.integers(1, 6)):
+            box = [*rng.uniform(0, 60, 2), *rng.uniform(15, 40, 2)]
+            category = int(rng.integers(3))
+            crowd = int(rng.random() < 0.15)
+            place = {"image_id": image, "category_id": category}
+            objects.append({**place, "bbox": box, "iscrowd": crowd})
+            for _ in range(rng.integers(0, 3)):
+                near = (np.array(box) + rng.normal(0, 2.5, 4)).tolist()
+                detections.append({**place, "bbox": near, "score": float(rng.random())})
+    for image in range(7):
+        place = {"image_id": image, "category_id": int(rng.integers(3))}
+        detections.append({**place, "bbox": [1, 1, 30, 30], "score": float(rng.random())})
+    return images, objects, detections
+
+
+def by_pycocotools(images: list[dict], objects: list[dict], detections: list[dict]) -> float:
+    truth = COCO()
+    truth.dataset = {
+        "images": images,
+        "categories": [{"id": c} for c in range(3)],
+        "annotations": [
+            {**item, "id": i, "area": item["bbox"][2] * item["bbox"][3]}
+            for i, item in enumerate(objects, 1)
+        ],
+    }
+    with redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes(copy.deepcopy(detections)), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return 100 * evaluation.stats[0]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ap_of_resamples_is_that_of_duplicated_images(seed: int) -> None:
+    images, objects, detections = coco_problem(seed)
+    ap = AveragePrecision(images, objects, detections, 3, "bbox")
+    weights = np.random.default_rng(seed).integers(0, 4, (6, len(images)))
+    weights[0] = 1
+    found = ap(weights)
+    assert found[0] == pytest.approx(by_pycocotools(images, objects, detections), abs=1e-6)
+    for row, value in zip(weights[1:], found[1:], strict=True):
+        copies = [image for image, count in enumerate(row) for _ in range(count)]
+
+        def duplicated(items: list[dict], copies: list[int] = copies) -> list[dict]:
+            return [
+                {**item, "image_id": new}
+                for new, old in enumerate(copies)
+                for item in items
+                if item["image_id"] == old
+            ]
+
+        expected = by_pycocotools(
+            [{**images[old], "id": new} for new, old in enumerate(copies)],
+            duplicated(objects),
+            duplicated(detections),
+        )
+        assert value == pytest.approx(expected, abs=1e-6)
+
+
+def test_ap_without_detections_or_objects() -> None:
+    images, objects, _ = coco_problem()
+    ap = AveragePrecision(images, objects, [], 3, "bbox")
+    values = ap(np.array([[1] * 7, [0] * 6 + [5]]))
+    assert values[0] == 0
+    assert np.isnan(values[1])
+
+
+def test_intervals_of_a_mean_are_those_of_the_normal_distribution() -> None:
+    rng = np.random.default_rng(0)
+    above, below = rng.normal(5, 2, 400), np.ones(400)
+    estimate = Estimate.of(Ratio(above, below)(resample(400, 4000)))
+    half = 1.96 * above.std() / 20
+    assert estimate.value == pytest.approx(above.mean())
+    assert estimate.low == pytest.approx(above.mean() - half, abs=0.1 * half)
+    assert estimate.high == pytest.approx(above.mean() + half, abs=0.1 * half)
+    unknown = Estimate.of(Ratio(above, np.zeros(400))(resample(400, 3)))
+    assert unknown.to_json() == {"value": None, "low": None, "high": None}
+
+
+def test_resamples_count_each_image_and_repeat() -> None:
+    weights = resample(9, 20, seed=3)
+    assert (weights[0] == 1).all()
+    assert (weights.sum(1) == 9).all()
+    assert np.array_equal(weights, resample(9, 20, seed=3))
+    assert not np.array_equal(weights[1:], resample(9, 20, seed=4)[1:])
+
+
+def test_receptive_margin(data: Path) -> None:
+    # Three convolutions see 15 px, 7 on each side; interpolation adds a cell of 4.
+    model = build(config(data)).eval()
+    assert 10 <= receptive_margin(model, 128, ["p2"]) <= 13
+
+
+def test_images_per_worker(data: Path) -> None:
+    cfg = config(data, "BN.LEAKAGE.IMAGES_PER_WORKER", 0, "SOLVER.IMS_PER_BATCH", 8)
+    assert images_per_worker(cfg, 2) == 4
+    cfg.BN.VIRTUAL_WORKERS = 8
+    assert images_per_worker(cfg, 2) == 1
+    cfg.BN.LEAKAGE.IMAGES_PER_WORKER = 3
+    assert images_per_worker(cfg, 2) == 3
+    cfg.BN.LEAKAGE.IMAGES_PER_WORKER, cfg.BN.VIRTUAL_WORKERS = 0, 3
+    with pytest.raises(ConfigError, match=r"IMS_PER_BATCH 8 cannot be divided among the 3"):
+        images_per_worker(cfg, 2)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("MODEL.META_ARCHITECTURE", "RetinaNet"), r"must be a GeneralizedRCNN .* a RetinaNet"),
+        (("MODEL.ROI_HEADS.NAME", "CascadeROIHeads"), r"its ROI heads .* a CascadeROIHeads"),
+        (("BN.LEAKAGE.IMAGES_PER_WORKER", 5), r"5 images have labels, and with 5 .* needs 10"),
+        (("BN.LEAKAGE.RESAMPLES", 0), r"BN.LEAKAGE.RESAMPLES 0: it must be at least 1"),
+        (("DATASETS.TEST", ()), r"DATASETS.TEST is empty"),
+    ],
+)
+def test_what_cannot_be_probed_is_refused(data: Path, more: tuple, message: str) -> None:
+    retinanet = ("MODEL.RETINANET.IN_FEATURES", "['p2']", "MODEL.RETINANET.NUM_CLASSES", 4)
+    cascade = ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True)
+    cfg = config(data, *more, *retinanet, *cascade)
+    with pytest.raises(ConfigError, match=message):
+        measure_leakage(cfg, build(cfg))
+
+
+def test_a_dataset_without_labels_is_refused(data: Path, tmp_path: Path) -> None:
+    content = json.loads((data / "val" / "annotations.json").read_text())
+    (tmp_path / "none.json").write_text(json.dumps({**content, "annotations": []}))
+    entry = ["probe_none", str(tmp_path / "none.json"), str(data / "val" / "images")]
+    cfg = config(data)
+    cfg.DATASETS.COCO_JSON, cfg.DATASETS.TEST = [entry], ("probe_none",)
+    register_datasets(cfg)
+    with pytest.raises(ConfigError, match=r'"probe_none": none of its 5 images has a labelled'):
+        measure_leakage(cfg, build(cfg))
+
+
+def test_weights_that_diverged_are_named(data: Path) -> None:
+    cfg = config(data)
+    model = build(cfg)
+    nn.init.constant_(model.roi_heads.box_predictor.cls_score.weight, float("nan"))
+    with pytest.raises(ConfigError, match=r"box head's outputs are not finite .*own_image"):
+        measure_leakage(cfg, model)
+
+
+def test_the_tool_writes_a_report_and_replaces_none(data: Path, tmp_path: Path) -> None:
+    cfg = config(data)
+    weights = tmp_path / "weights.pth"
+    torch.save({"model": build(cfg).state_dict()}, weights)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    output = tmp_path / "new" / "probe.json"
+    args = parse_probe(
+        [
+            *("--config-file", f"{tmp_path}/config.yaml", "--output", str(output)),
+            *("MODEL.WEIGHTS", str(weights), "BN.LEAKAGE.NUM_IMAGES", "4"),
+        ]
+    )
+    assert preflight_probe(args) == "cpu"
+    probe(args)
+    report = json.loads(output.read_text())
+    assert report["images"] == 4
+    assert report["images_per_worker"] == 2
+    assert list(report["modes"]) == list(MODES)
+    for metrics in (*report["modes"].values(), report["leakage"], report["inconsistency"]):
+        assert list(metrics) == [
+            *("accuracy", "loss", "box_ap"),
+            *("mask_accuracy", "mask_loss", "mask_ap"),
+        ]
+        assert all(list(value) == ["value", "low", "high"] for value in metrics.values())
+    assert report["limit"]["dataset cue"] == "both cues"
+    assert "leakage = own_worker - shuffled" in (tmp_path / "new/probe_probe/log.txt").read_text()
+    with pytest.raises(ConfigError, match=r"probe.json exists"):
+        preflight_probe(args)
+
+
+def test_the_tool_names_weights_that_do_not_fit(data: Path, tmp_path: Path) -> None:
+    cfg = config(data)
+    weights = tmp_path / "weights.pth"
+    torch.save({"model": build(config(data, norm="gn")).state_dict()}, weights)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    output = tmp_path / "probe.json"
+    args = parse_probe(
+        [
+            *("--config-file", f"{tmp_path}/config.yaml", "--output", str(output)),
+            *("MODEL.WEIGHTS", str(weights)),
+        ]
+    )
+    with pytest.raises(ConfigError, match=r"missing: .*conv1.norm.running_mean"):
+        probe(args)
+    assert not output.exists()
