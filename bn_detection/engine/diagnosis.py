@@ -108,7 +108,11 @@ def diagnose(args: argparse.Namespace) -> int:
             f"The RoIs of the training sampler: {', '.join(cfg.DATASETS.TRAIN)} has no labels. The "
             "statistics are those of the proposals that inference uses."
         )
-    layers = _inspect(measured, model, args, batch_size, labels)
+    number = max(_num_images(args, _IMAGES) // batch_size, 1) * batch_size
+    loader = SinglePassLoader(
+        measured, labels=labels, num_images=number, batch_size=batch_size, seed=max(cfg.SEED, 0)
+    )
+    layers = _inspect(model, loader, labels)
     report = _probe(measured, model, args, layers, left_out) if layers else None
     examined = Examined(
         cfg,
@@ -123,7 +127,7 @@ def diagnose(args: argparse.Namespace) -> int:
         "weights": cfg.MODEL.WEIGHTS,
         "workers": workers,
         "images_per_worker": per_worker,
-        "statistics_from": f"{_num_images(args, _IMAGES)} images of {_listed(cfg.DATASETS.TRAIN)}",
+        "statistics_from": f"{loader.num_images} images of {', '.join(cfg.DATASETS.TRAIN)}",
         "seconds": round(time.monotonic() - start),
         "versions": installed_versions(),
     }
@@ -176,21 +180,15 @@ def _num_images(args: argparse.Namespace, default: int) -> int:
     return args.images or (_QUICK_IMAGES if args.quick else default)
 
 
-def _inspect(
-    cfg: CfgNode, model: nn.Module, args: argparse.Namespace, batch_size: int, labels: bool
-) -> list[LayerReport]:
-    number = max(_num_images(args, _IMAGES) // batch_size, 1) * batch_size
-    loader = SinglePassLoader(
-        cfg, labels=labels, num_images=number, batch_size=batch_size, seed=max(cfg.SEED, 0)
-    )
-    logger.info("Statistics of %d images, %d a batch", loader.num_images, batch_size)
+def _inspect(model: nn.Module, loader: SinglePassLoader, labels: bool) -> list[LayerReport]:
+    logger.info("Statistics of %d images in %d batches", loader.num_images, loader.num_batches)
     try:
         with EventStorage(0):
             return inspect_layers(
                 model, loader, loader.num_batches, rois="training" if labels else "inference"
             )
     except FloatingPointError as error:
-        raise ConfigError(f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}: {error}") from error
+        raise ConfigError(f"MODEL.WEIGHTS: {error}") from error
 
 
 def _probe(
@@ -234,7 +232,3 @@ def _has_labels(names: tuple[str, ...]) -> bool:
 def _uses_project(config_file: str) -> bool:
     """Whether the config is of this project's trainer, which averages running statistics."""
     return "BN" in CfgNode.load_yaml_with_base(config_file)
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    return ", ".join(names)

@@ -483,8 +483,10 @@ def _list(layers: Sequence[LayerReport]) -> str:
 def _head_fix(examined: Examined, layers: Sequence[LayerReport]) -> dict[str, Any]:
     """Another norm for a head: by its NORM where it is one that has it, else by conversion."""
     # One worker has nobody to shuffle with.
+    shuffles = any(layer.sharing in ("shuffle", "world") for layer in layers)
     divisible = all(layer.channels % _GN_GROUPS == 0 for layer in layers)
-    norm = "ShuffleBN" if examined.workers > 1 else "GN" if divisible else "LN"
+    without_batch = "GN" if divisible else "LN"
+    norm = without_batch if shuffles or examined.workers == 1 else "ShuffleBN"
     for prefix, (key, ours, stock) in _HEADS.items():
         converted = any(matches(prefix, [f"{glob}*"]) for glob, _ in examined.cfg.BN.CONVERT)
         has_norm = examined.cfg.MODEL[key].NAME in (ours, stock) and not converted

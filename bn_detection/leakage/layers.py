@@ -174,6 +174,8 @@ class _Inputs:
         self._calls: dict[str, int] = defaultdict(int)
         self._frozen: dict[str, list[Tensor]] = defaultdict(list)
         self._levels: dict[str, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+        # Layers that all levels share in one call.
+        self.joined: set[str] = set()
         self.batches: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         self.rows: dict[str, list[float]] = defaultdict(list)
         self.values: dict[str, list[float]] = defaultdict(list)
@@ -191,6 +193,7 @@ class _Inputs:
                 )
         for name, module in model.named_modules():
             if isinstance(module, LevelBatchNorm2d) and _share_everything(module):
+                self.joined.add(f"{name}.0")
                 handles.append(
                     module.register_forward_pre_hook(
                         lambda _, inputs, name=f"{name}.0": self._see_levels(name, inputs[0])
@@ -213,7 +216,8 @@ class _Inputs:
         """The mini-batch statistics of a call of a layer in training mode."""
         level = self._calls[name]
         self._calls[name] += 1
-        self._levels[name][level].append(_POOLED.keep(statistics))
+        if name not in self.joined:
+            self._levels[name][level].append(_POOLED.keep(statistics))
         height, width = self._shapes.get(name, (0, 0))
         groups = zip(statistics.count[:, 0].tolist(), statistics.mean, statistics.var, strict=True)
         for count, mean, var in groups:
@@ -242,9 +246,7 @@ class _Inputs:
     def _see_levels(self, name: str, features: list[Tensor]) -> None:
         for level, x in enumerate(features):
             statistics = group_statistics(x, Groups(None, 1))
-            # From 1: call 0 is that of all levels together.
-            self._levels[name][level + 1].append(_POOLED.keep(statistics))
-        self._levels[name].pop(0, None)
+            self._levels[name][level].append(_POOLED.keep(statistics))
 
 
 _POOLED = ESTIMATORS["pooled"]
@@ -269,7 +271,8 @@ def _describe(model: nn.Module, name: str, layer: nn.Module) -> LayerReport:
     trains = isinstance(layer, _BatchNorm) and layer.training
     in_roi_heads = any(isinstance(m, ROIHeads) for m in _ancestors(model, name))
     mean, var = layer.running_mean, layer.running_var
-    untouched_statistics = bool((mean == 0).all() and (var - 1).abs().max() <= layer.eps)
+    # Detectron2 builds FrozenBN with the variance 1 - eps.
+    untouched_statistics = bool((mean == 0).all() and (var - 1).abs().max() <= 2 * layer.eps)
     affine = [*layer.parameters(recurse=False)] or [*owner.parameters(recurse=False)]
     frozen = isinstance(layer, _FROZEN)
     own_weights = frozen and bool((layer.weight != 1).any() or (layer.bias != 0).any())
@@ -348,14 +351,9 @@ def _measure(
         if level.count > 1
     )
     report.levels_apart = max(report.levels, key=lambda level: level.value, default=None)
-    if levels and not _shares_levels(seen, name):
+    if levels and name not in seen.joined and not report.level_batches:
         report.level_batches = True
         report.sharing += ", level"
-
-
-def _shares_levels(seen: _Inputs, name: str) -> bool:
-    """Whether the levels of a layer were told from one call of it."""
-    return 0 not in seen._levels[name]
 
 
 def _error(statistics: PopulationStatistics, alive: Tensor, eps: float) -> float:

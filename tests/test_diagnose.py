@@ -1,0 +1,440 @@
+"""The diagnosis: distances against their formula, findings of known causes, and the tool."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from browser import open_browser, open_page
+from detectron2.config import CfgNode
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_model
+from test_train_net import QUICKSTART, ROOT, overrides, parse
+from torch import Tensor, nn
+
+from bn_detection import ConfigError
+from bn_detection.data import make_leaky_shapes
+from bn_detection.engine import check_config, diagnose, load_config, preflight_diagnosis
+from bn_detection.engine.trainer import Trainer
+from bn_detection.leakage import Estimate
+from bn_detection.leakage.diagnosis import Diagnosis
+from bn_detection.leakage.findings import Examined, Finding, conclude
+from bn_detection.leakage.layers import LayerReport, inspect_layers
+
+CONFIG = QUICKSTART / "mask_rcnn_bn.yaml"
+IMAGES = 6
+
+
+class Toy(nn.Module):
+    """A layer that is called for each of two levels, one that is called once, and a frozen one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = FrozenBatchNorm2d(3)
+        self.once = nn.BatchNorm2d(3)
+        self.shared = nn.BatchNorm2d(3)
+
+    def forward(self, batch: list[Tensor]) -> None:
+        x = torch.stack(batch)
+        self.frozen(x)
+        self.once(x)
+        for scale in (1, 3):
+            self.shared(scale * x)
+
+
+@pytest.fixture
+def batches() -> list[list[Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.tensor([1.0, 2.0, 3.0])[:, None, None]
+    return [
+        [spread * torch.randn(3, 4, 5, generator=generator) + 1 for _ in range(2)] for _ in range(8)
+    ]
+
+
+def distance(one: Tensor, mean: Tensor, var: Tensor, eps: float = 1e-5) -> float:
+    """By the formula of docs/diagnosis.md, of the values ``(C, N)`` and other statistics."""
+    std = (one.var(1) + eps).sqrt()
+    shift = (mean - one.mean(1)) / std
+    scale = ((var + eps).sqrt() / std).log()
+    return math.sqrt((shift.square() + scale.square()).mean())
+
+
+def values(batch: list[Tensor]) -> Tensor:
+    return torch.stack(batch).double().transpose(0, 1).flatten(1)
+
+
+def test_distances_are_those_of_the_formula(batches: list[list[Tensor]]) -> None:
+    model = Toy().train()
+    model.once.running_mean.fill_(2.0)
+    model.frozen.running_var.fill_(4.0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    reports = {report.name: report for report in inspect_layers(model, batches, len(batches))}
+
+    together = torch.cat([values(batch) for batch in batches], dim=1)
+    mean, var = torch.full((3,), 2.0), torch.ones(3)
+    once = reports["once"]
+    assert once.ema_to_precise.value == pytest.approx(distance(together, mean, var), rel=1e-5)
+    of_batches = [distance(together, v.mean(1), v.var(1)) for v in map(values, batches)]
+    assert once.batch_to_precise.value == pytest.approx(sum(of_batches) / 8, rel=1e-5)
+    assert once.batch_to_precise.low < sum(of_batches) / 8 < once.batch_to_precise.high
+    assert (once.rows_per_batch, once.values_per_batch) == (2, 2 * 4 * 5)
+    assert (once.sharing, once.rows, once.levels, once.dead) == ("worker", "images", (), ())
+
+    frozen = reports["frozen"]
+    expected = distance(together, torch.zeros(3), torch.full((3,), 4.0))
+    assert frozen.ema_to_precise.value == pytest.approx(expected, rel=1e-5)
+    assert not frozen.trains
+    assert not frozen.is_initial
+
+    scales = torch.cat([together, 3 * together], dim=1)
+    levels = [distance(scales, x.mean(1), x.var(1)) for x in (together, 3 * together)]
+    shared = reports["shared"]
+    assert [level.value for level in shared.levels] == pytest.approx(levels, rel=1e-5)
+    assert shared.levels_apart.value == pytest.approx(max(levels), rel=1e-5)
+    assert shared.level_batches
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_interval_of_a_distance_covers_the_truth() -> None:
+    """Statistics of the distribution itself: their distance from its samples is noise alone."""
+    covered = 0
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        model = Toy().train()
+        samples = [[torch.randn(3, 4, 5, generator=generator)] for _ in range(16)]
+        once = next(r for r in inspect_layers(model, samples, 16) if r.name == "once")
+        covered += once.ema_to_precise.low == 0
+    assert covered >= 18
+
+
+def test_dead_channels(batches: list[list[Tensor]]) -> None:
+    model = Toy().train()
+    with torch.no_grad():
+        model.once.weight[1] = 1e-6
+    flat = [[x * torch.tensor([0.0, 1.0, 1.0])[:, None, None] for x in batch] for batch in batches]
+    once = next(r for r in inspect_layers(model, flat, 8) if r.name == "once")
+    assert once.dead == (0, 1)
+    assert once.dead_weights == (1,)
+
+
+def config(*more: object, config_file: Path = CONFIG) -> CfgNode:
+    return load_config(parse(config_file, [str(part) for part in more]))
+
+
+def estimate(value: float, half: float = 0.05) -> Estimate:
+    return Estimate(value, value - half, value + half)
+
+
+def layer(name: str = "roi_heads.box_head.conv1.norm", **changes: Any) -> LayerReport:
+    described = {
+        "kind": "BatchNorm2d",
+        "channels": 64,
+        "sharing": "worker",
+        "rows": "RoIs",
+        "is_ours": False,
+        "trains": True,
+        "momentum": 0.1,
+        "affine_frozen": False,
+        "updates": 100,
+        "is_initial": False,
+        "is_folded": False,
+        "ema_to_precise": estimate(0.05),
+        "batch_to_precise": estimate(0.1),
+    }
+    return LayerReport(name=name, **(described | changes))
+
+
+def probe(leakage: float, inconsistency: float, half: float = 1.0) -> dict[str, Any]:
+    def metrics(value: float) -> dict[str, Any]:
+        one = estimate(value, half).to_json()
+        return {"accuracy": one, "box_ap": one, "mask_accuracy": one, "mask_ap": one}
+
+    return {"leakage": metrics(leakage), "inconsistency": metrics(inconsistency)}
+
+
+BACKBONE = "backbone.res2.0.conv1.norm"
+CAUSES = {
+    "box head reads": {"probe": probe(20, 30)},
+    "mask head reads": {
+        "probe": probe(20, 30),
+        "layers": [layer("roi_heads.mask_head.mask_fcn1.norm")],
+    },
+    "running statistics of 1 layer": {"layers": [layer(ema_to_precise=estimate(0.6))]},
+    "never updated": {"layers": [layer(BACKBONE, is_initial=True)]},
+    "look frozen": {"layers": [layer(BACKBONE, affine_frozen=True), layer()]},
+    "frozen as they were built": {"layers": [layer(BACKBONE, trains=False, is_initial=True)]},
+    "frozen statistics of 1 layer": {
+        "layers": [layer(BACKBONE, trains=False, ema_to_precise=estimate(2.0))]
+    },
+    "each FPN level by itself": {
+        "layers": [layer(BACKBONE, level_batches=True, levels_apart=estimate(1.0))]
+    },
+    "own running statistics": {
+        "workers": 2,
+        "averages_workers": False,
+        "layers": [layer(batch_to_precise=estimate(0.6))],
+    },
+    "PreciseBN": {
+        "workers": 2,
+        "more": ("TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2),
+        "layers": [layer(batch_to_precise=estimate(0.6))],
+    },
+    "is dead": {"layers": [layer(dead=tuple(range(32)), dead_weights=tuple(range(32)))]},
+    "not read its batch": {"probe": probe(0, 10)},
+}
+
+
+def examined(**changes: Any) -> Examined:
+    cfg = config(*changes.pop("more", ()))
+    given = {"layers": [layer()], "probe": None, "workers": 1, "averages_workers": True}
+    return Examined(cfg, **(given | changes))
+
+
+@pytest.mark.parametrize("title", CAUSES)
+def test_a_cause_is_found_and_its_config_can_be_used(title: str, tmp_path: Path) -> None:
+    found, _ = conclude(examined(**CAUSES[title]))
+    assert [title in finding.title for finding in found] == [True], found
+    file = tmp_path / "fixed.yaml"
+    file.write_text(f'_BASE_: "{CONFIG}"\n{found[0].yaml}')
+    cfg = config(
+        *CAUSES[title].get("more", ())[2:],  # the fix replaces the first
+        "OUTPUT_DIR",
+        tmp_path,
+        config_file=file,
+    )
+    assert config().dump() != cfg.dump()
+    check_config(cfg, num_workers=2, eval_only=False, resume=False)
+
+
+def test_the_fix_of_a_leak_builds_the_head_it_names(tmp_path: Path) -> None:
+    for workers, there, norm in (
+        (2, "worker", "shuffle"),
+        (2, "shuffle", None),
+        (1, "worker", None),
+    ):
+        leaky = examined(probe=probe(20, 30), workers=workers, layers=[layer(sharing=there)])
+        file = tmp_path / "fixed.yaml"
+        file.write_text(f'_BASE_: "{CONFIG}"\n{conclude(leaky)[0][0].yaml}')
+        head = Trainer.build_model(config(config_file=file)).roi_heads.box_head
+        kinds = {type(m.partition).__name__ for m in head.modules() if hasattr(m, "partition")}
+        assert kinds == ({"ShufflePartition"} if norm else set())
+
+
+def test_small_things_are_no_findings() -> None:
+    for changes in (
+        {},
+        {"probe": probe(0.5, 0.5)},
+        {"probe": probe(5, 5, half=6)},
+        {"probe": probe(5, -5)},
+        {"layers": [layer(ema_to_precise=Estimate(0.4, 0.1, 0.7))]},
+        {"layers": [layer(ema_to_precise=Estimate(0.4, math.nan, math.nan))]},
+        {"layers": [layer(updates=0)]},
+        {"layers": [layer(dead=(1, 2))]},
+        {"layers": [layer(BACKBONE, trains=False, ema_to_precise=estimate(0.5))]},
+        {"layers": [layer(levels_apart=estimate(1.0))]},
+        {"layers": []},
+    ):
+        assert conclude(examined(**changes))[0] == [], changes
+
+
+def test_the_worst_comes_first() -> None:
+    found, _ = conclude(
+        examined(
+            probe=probe(5, 20),
+            layers=[layer(ema_to_precise=estimate(0.6)), layer(BACKBONE, is_initial=True)],
+        )
+    )
+    assert [finding.cost and round(finding.cost.value) for finding in found] == [20, 15, None]
+
+
+def test_globs_take_no_other_layer() -> None:
+    frozen = [layer(f"backbone.res2.{k}.norm", affine_frozen=k == 0) for k in range(2)]
+    (found,), _ = conclude(examined(layers=[*frozen, layer()]))
+    assert found.fix == {"BN": {"CONVERT": [["backbone.res2.0", "FrozenBN"]]}}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds ``train`` and ``val``, and ``weights.pth`` with running statistics far off."""
+    folder = tmp_path_factory.mktemp("diagnosed")
+    for split in ("train", "val"):
+        make_leaky_shapes(folder / split, IMAGES, seed=7, split=split)
+    torch.manual_seed(0)
+    model = build_model(config(*overrides(folder, folder)))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.fill_(5.0)
+    torch.save({"model": model.state_dict()}, folder / "weights.pth")
+    return folder
+
+
+def tool(
+    data: Path,
+    output: Path,
+    *more: object,
+    flags: tuple[object, ...] = (),
+    config_file: Any = CONFIG,
+) -> int:
+    """What the tool does; its exit status, unless it raises."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        from diagnose import parse as parse_tool
+    finally:
+        sys.path.pop(0)
+    opts = overrides(data, output, "MODEL.WEIGHTS", data / "weights.pth", *more)
+    flags = ("--config-file", config_file, "--output-dir", output, "--images", IMAGES, *flags)
+    args = parse_tool([*map(str, flags), *opts])
+    preflight_diagnosis(args)
+    return diagnose(args)
+
+
+def result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "diagnosis.json").read_text())
+
+
+@pytest.mark.timeout(120)
+def test_tool(data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert tool(data, output, flags=("--num-gpus", 2)) == 1
+    found = result(output)
+    assert "running statistics of 6 layers" in " ".join(f["title"] for f in found["findings"])
+    assert found["settings"]["images_per_worker"] == 1
+    assert found["probe"]["images"] == IMAGES
+    assert len(found["layers"]) == 6
+    assert all(report["ema_to_precise"]["low"] > 0.25 for report in found["layers"])
+    assert (output / "diagnosis.html").read_text().startswith("<!DOCTYPE html>")
+
+    before = (output / "diagnosis.json").read_bytes()
+    with pytest.raises(ConfigError, match="--overwrite"):
+        tool(data, output)
+    assert (output / "diagnosis.json").read_bytes() == before
+
+
+@pytest.mark.timeout(120)
+def test_shuffled_and_synchronized_batches_are_those_of_all_workers(
+    data: Path, tmp_path: Path
+) -> None:
+    for norm, sharing, workers in (("ShuffleBN", "shuffle", 1), ("SyncBN", "world", 2)):
+        more = ("MODEL.ROI_BOX_HEAD.NORM", norm, "MODEL.ROI_MASK_HEAD.NORM", "GN")
+        output = tmp_path / norm
+        tool(
+            data,
+            output,
+            *more,
+            "MODEL.MASK_ON",
+            False,
+            "MODEL.WEIGHTS",
+            "",
+            flags=("--num-gpus", 2),
+        )
+        layers = result(output)["layers"]
+        assert {report["sharing"] for report in layers} == {sharing}
+        # A random head proposes enough for 64 RoIs an image, one image a worker.
+        assert layers[0]["rows_per_batch"] == pytest.approx(64 * workers, rel=0.2)
+
+
+@pytest.mark.timeout(120)
+def test_random_weights_and_no_labels(data: Path, tmp_path: Path) -> None:
+    unlabelled = tmp_path / "unlabelled.json"
+    content = json.loads((data / "train/annotations.json").read_text())
+    unlabelled.write_text(json.dumps({**content, "annotations": []}))
+    dataset = [[f"{tmp_path.name}_unlabelled", str(unlabelled), str(data / "train/images")]]
+    more = ("DATASETS.COCO_JSON", dataset, "DATASETS.TRAIN", (dataset[0][0],))
+    more = (*more, "DATASETS.TEST", (), "MODEL.WEIGHTS", "")
+    assert tool(data, tmp_path / "out", *more) == 1
+    found = result(tmp_path / "out")
+    assert ["never updated" in finding["title"] for finding in found["findings"]] == [True]
+    assert found["probe"] is None
+    left_out = " ".join(found["left_out"])
+    assert "no labels" in left_out
+    assert "random weights" in left_out
+
+
+@pytest.mark.timeout(120)
+def test_model_without_bn_has_no_finding(data: Path, tmp_path: Path) -> None:
+    norms = [f"MODEL.ROI_{head}_HEAD.NORM" for head in ("BOX", "MASK")]
+    more = [part for key in norms for part in (key, "GN")]
+    assert tool(data, tmp_path / "out", *more, "MODEL.WEIGHTS", "") == 0
+    assert "no BN layer" in result(tmp_path / "out")["verdict"]
+
+
+@pytest.mark.timeout(120)
+def test_weights_of_another_model_and_missing_datasets_are_refused(
+    data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        tool(data, tmp_path / "out", "MODEL.ROI_BOX_HEAD.CONV_DIM", 32)
+    assert "roi_heads.box_head.conv1.weight (64, 64, 3, 3) instead of (32, 64, 3, 3)" in str(
+        error.value
+    )
+    with pytest.raises(ConfigError, match=r"missing.*roi_heads\.box_head\.conv5"):
+        tool(data, tmp_path / "out", "MODEL.ROI_BOX_HEAD.NUM_CONV", 5)
+    with pytest.raises(ConfigError, match="nowhere"):
+        tool(data, tmp_path / "other", "DATASETS.TRAIN", ("nowhere",))
+    assert not (tmp_path / "out" / "diagnosis.json").exists()
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.timeout(200)
+def test_stock_config_of_the_model_zoo(data: Path, tmp_path: Path) -> None:
+    more = (
+        *("MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.NUM_CLASSES", 4),
+        *("MODEL.ROI_BOX_HEAD.NORM", "BN", "MODEL.ROI_BOX_HEAD.NUM_CONV", 1),
+        *("INPUT.MIN_SIZE_TRAIN", (128,), "SOLVER.IMS_PER_BATCH", 2),
+        *("DATALOADER.NUM_WORKERS", 0),
+    )
+    name = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+    flags = ("--num-gpus", 2)
+    assert tool(data, tmp_path / "out", *more, config_file=name, flags=flags) == 1
+    found = result(tmp_path / "out")
+    titles = " ".join(finding["title"] for finding in found["findings"])
+    assert "53 layers are frozen as they were built" in titles
+    assert "statistics of 1 layer were never updated" in titles
+    assert len(found["layers"]) == 54
+
+
+@pytest.mark.timeout(120)
+def test_levels_that_share_population_statistics_alone(data: Path, tmp_path: Path) -> None:
+    config_file = QUICKSTART / "retinanet_separate_shared.yaml"
+    more = ("MODEL.WEIGHTS", "", "SOLVER.IMS_PER_BATCH", 2)
+    tool(data, tmp_path / "out", *more, config_file=config_file)
+    found = result(tmp_path / "out")
+    assert all(report["level_batches"] and len(report["levels"]) == 3 for report in found["layers"])
+    config_file = QUICKSTART / "retinanet_shared.yaml"
+    tool(data, tmp_path / "shared", *more, config_file=config_file)
+    layers = result(tmp_path / "shared")["layers"]
+    assert all(not report["level_batches"] and len(report["levels"]) == 3 for report in layers)
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Iterator[Any]:
+    layers = [
+        layer(f"roi_heads.box_head.conv{k}.norm", ema_to_precise=estimate(k)) for k in (2, 10)
+    ]
+    finding = Finding("A <b>title</b>", ("evidence",), ("a", "b"), {"BN": {}}, "Do.", estimate(9))
+    settings = {"config": "c.yaml", "weights": "w.pth", "versions": {"torch": "2"}}
+    path = tmp_path / "diagnosis.html"
+    path.write_text(Diagnosis(settings, layers, None, [finding], ["a note"], ["why"]).html())
+    with (
+        open_browser() as browser,
+        open_page(browser, path, viewport={"width": 390, "height": 800}) as p,
+    ):
+        yield p
+
+
+def test_page_sorts_and_fits_a_phone(page: Any) -> None:
+    assert page.locator("h3").inner_text() == "1. A <b>title</b>"
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    header = page.locator("#layers th", has_text="EMA to precise")
+    header.locator("button").press("Enter")
+    header.locator("button").press("Enter")
+    assert header.get_attribute("aria-sort") == "descending"
+    assert page.locator("#layers tbody th").first.inner_text() == "roi_heads.box_head.conv10.norm"
+    page.fill("#filter", "conv2")
+    assert page.locator("#layers tbody tr:visible").count() == 1
