@@ -113,6 +113,12 @@ def diagnose(args: argparse.Namespace) -> int:
         measured, labels=labels, num_images=number, batch_size=batch_size, seed=max(cfg.SEED, 0)
     )
     layers = _inspect(model, loader, labels)
+    alone = [x.name for x in layers if x.trains and _is_of_worker(x)]
+    if alone and batch_size > per_worker:
+        left_out.append(
+            f"The batches of one worker in {', '.join(alone)}: other layers share theirs over the "
+            f"workers, so all were measured with the {batch_size} images of a step."
+        )
     report = _probe(measured, model, args, layers, left_out) if layers else None
     examined = Examined(
         cfg,
@@ -174,6 +180,11 @@ def _build_model(cfg: CfgNode, workers: int, per_worker: int) -> tuple[nn.Module
         batch_size, cfg.BN.VIRTUAL_WORKERS = per_worker * workers, workers
         model = Trainer.build_model(cfg).train()
     return model, batch_size, cfg
+
+
+def _is_of_worker(layer: LayerReport) -> bool:
+    """Whether the layer cannot tell the virtual workers of a process apart."""
+    return layer.sharing == "ghost" or (layer.sharing.startswith("worker") and not layer.is_ours)
 
 
 def _num_images(args: argparse.Namespace, default: int) -> int:

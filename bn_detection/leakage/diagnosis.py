@@ -128,12 +128,11 @@ def _size(layer: LayerReport) -> float:
     return -1.0 if layer.ema_to_precise is None else layer.ema_to_precise.value
 
 
-def _cell(estimate: Estimate | None) -> str | None:
+def _cell(estimate: Estimate | None, decimals: int = 2) -> str | None:
     if estimate is None:
         return None
-    if not math.isfinite(estimate.low):
-        return f"{estimate.value:.2f}"
-    return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+    value, low, high = (f"{number:.{decimals}f}" for number in vars(estimate).values())
+    return f"{value} [{low}, {high}]" if math.isfinite(estimate.low) else value
 
 
 def _paragraph(first: str, text: str) -> str:
@@ -143,7 +142,7 @@ def _paragraph(first: str, text: str) -> str:
 def _finding(number: int, finding: Finding) -> str:
     lines = [_paragraph(f"{number}. ", finding.title)]
     if finding.cost is not None:
-        lines.append(f"   Likely cost: {_cell(finding.cost)} points of box AP")
+        lines.append(f"   Likely cost: {_cell(finding.cost, 1)} points of box AP")
     lines += [f"   - {item}" for item in finding.evidence]
     lines.append(_paragraph("   ", finding.advice))
     lines.append(textwrap.indent(finding.yaml.rstrip(), "     "))

@@ -126,8 +126,8 @@ def _leak(examined: Examined, notes: list[str]) -> Iterator[Finding]:
         if leakage is None or not layers or not _exceeds(leakage, _POINTS):
             continue
         evidence = [
-            f"{_METRICS[metric]}: {_points(leakage)} points better on the RoIs of its own images "
-            "than on as many of other images"
+            f"{_METRICS[metric]}: {_points(leakage)} points better with a batch of its own images "
+            "than with as many RoIs of random images"
         ]
         leakage_ap = examined.probed("leakage", ap)
         if leakage_ap is not None:
@@ -143,8 +143,8 @@ def _leak(examined: Examined, notes: list[str]) -> Iterator[Finding]:
         for lost_metric, estimate in ((metric, lost), (ap, lost_ap)):
             if estimate is not None:
                 evidence.append(
-                    f"{_METRICS[lost_metric]}: {_points(estimate)} points better with the batch of "
-                    "its own images than with population statistics"
+                    f"{_METRICS[lost_metric]}: {_points(estimate)} points better with a batch of its "
+                    "own images than with population statistics"
                 )
         yield Finding(
             f"The {head} head reads the other RoIs of its images in its normalization batch.",

@@ -259,7 +259,8 @@ def _windows(
         now = time.monotonic()
         if now - last_logged > _LOG_SECONDS:
             last_logged = now
-            logger.info("%d of %d images, %.0f s", done, expected, now - start)
+            left = (now - start) / done * (expected - done)
+            logger.info("%d of %d images, about %.0f s left", done, expected, left)
 
 
 def _box_head(heads: nn.Module) -> nn.Module:
