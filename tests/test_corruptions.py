@@ -33,18 +33,10 @@ from bn_detection.data import (
 )
 from bn_detection.engine.setup import register_datasets
 
+pytestmark = pytest.mark.usefixtures("own_catalogs")
+
 ROOT = Path(__file__).parents[1]
 SHAPES = ((128, 128), (61, 97), (97, 61), (20, 40))
-
-
-@pytest.fixture(autouse=True)
-def own_catalogs():
-    """What a test registers is forgotten after it."""
-    before = set(DatasetCatalog)
-    yield
-    for name in set(DatasetCatalog) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
 
 
 @pytest.fixture(scope="module")

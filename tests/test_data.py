@@ -26,15 +26,7 @@ from bn_detection.data import (
     report_unreadable,
 )
 
-
-@pytest.fixture(autouse=True)
-def own_catalogs():
-    """What a test registers is forgotten after it."""
-    before = set(DatasetCatalog)
-    yield
-    for name in set(DatasetCatalog) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+pytestmark = pytest.mark.usefixtures("own_catalogs")
 
 
 @pytest.fixture(scope="module")

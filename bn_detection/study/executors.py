@@ -266,7 +266,7 @@ class SlurmExecutor:
 
     def leave(self) -> str:
         """Leave the jobs to Slurm."""
-        left = [self._queue[n] for t in self._ids if (n := _job_name(t)) in self._queue]
+        left = self._left()
         if not left:
             return ""
         return (
@@ -276,8 +276,13 @@ class SlurmExecutor:
 
     def cancel(self) -> None:
         """Cancel the jobs that are in the queue."""
-        if left := [self._queue[n] for t in self._ids if (n := _job_name(t)) in self._queue]:
+        if left := self._left():
             subprocess.run(["scancel", *left], check=False)
+
+    def _left(self) -> list[str]:
+        """The ids of the jobs of tasks that are not done."""
+        names = [_job_name(task) for task in self._ids if not task.record.is_file()]
+        return [self._queue[name] for name in names if name in self._queue]
 
     def _ask(self) -> dict[str, str]:
         """The id of each job of this user that waits or runs, by name."""
