@@ -155,6 +155,7 @@ def test_rows_are_filtered_by_every_word(chromium: Any, page: Path) -> None:
         opened.locator("input").fill("9.5 run")
         assert _names(opened) == ["run 10"]
         assert opened.locator("output").inner_text() == "1 of 4 rows"
+        assert opened.locator(".more button").is_hidden()
         opened.locator("input").fill("")
         assert len(_names(opened)) == 4
 

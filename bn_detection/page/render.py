@@ -20,9 +20,10 @@ def render(template: str, **context: Any) -> str:
     ``content``. Of the base:
 
     * ``<table class="sortable">`` gets a button in each ``<th>`` of its head. The value that a cell
-      sorts by is its ``data-value``, else its text; cells without one come last.
-    * ``<input class="filter" data-table="ID">`` shows the rows of that table that hold each of the
-      words typed.
+      sorts by is its ``data-value``, else its text; cells without one come last. Of many rows it
+      shows the first 200, and all at a click.
+    * ``<input class="filter" data-table="ID">`` shows the rows of that sortable table that hold
+      each of the words typed.
     * ``<div class="scroll">`` around a wide table keeps the page itself from scrolling sideways.
     * ``{{ value | number(1) }}`` rounds, with a sign if ``signed=True``; None gives a dash.
 

@@ -1,10 +1,60 @@
 "use strict";
 
+const MOST_ROWS = 200;
 const collator = new Intl.Collator("en", { numeric: true });
+const count = new Intl.NumberFormat("en");
 
-/** What a row sorts by in a column: its data-value or its text, as a number if it is one. */
-function sortKey(row, column) {
-  const cell = row.cells[column];
+/** The rows of a table: in an order, those that hold each of some words, and the first of them. */
+class Rows {
+  constructor(table) {
+    this.body = table.tBodies[0];
+    this.all = Array.from(this.body.rows);
+    this.texts = null;
+    this.words = [];
+    this.most = MOST_ROWS;
+    this.more = document.createElement("p");
+    this.more.className = "more";
+    this.status = document.createElement("output");
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = "Show all rows";
+    button.addEventListener("click", () => {
+      this.most = Infinity;
+      this.show();
+    });
+    this.more.append(this.status, " ", button);
+    (table.closest(".scroll") ?? table).after(this.more);
+    this.show();
+  }
+
+  show() {
+    const rows = this.words.length ? this.all.filter((row) => this.matches(row)) : this.all;
+    const shown = rows.slice(0, this.most);
+    for (const row of shown) row.hidden = false;
+    this.body.replaceChildren(...shown);
+    this.more.hidden = shown.length === this.all.length;
+    this.more.lastChild.hidden = shown.length === rows.length;
+    this.status.textContent = `${count.format(shown.length)} of ${count.format(this.all.length)} rows`;
+  }
+
+  matches(row) {
+    this.texts ??= new Map(this.all.map((each) => [each, each.textContent.toLowerCase()]));
+    return this.words.every((word) => this.texts.get(row).includes(word));
+  }
+
+  sortBy(column, sign) {
+    const keyed = this.all.map((row) => [sortKey(row.cells[column]), row]);
+    keyed.sort(([a], [b]) => {
+      if (a === null || b === null) return (a === null) - (b === null);
+      return sign * compare(a, b);
+    });
+    this.all = keyed.map(([, row]) => row);
+    this.show();
+  }
+}
+
+/** What a row sorts by: the data-value of its cell or the text, as a number if it is one. */
+function sortKey(cell) {
   const text = (cell?.dataset.value ?? cell?.textContent ?? "").trim().replace("\u2212", "-");
   if (text === "" || text === "\u2013") return null;
   const number = Number(text);
@@ -16,46 +66,30 @@ function compare(a, b) {
   return collator.compare(String(a), String(b));
 }
 
-function sortBy(table, header) {
-  const direction = header.getAttribute("aria-sort") === "ascending" ? "descending" : "ascending";
-  for (const other of table.tHead.querySelectorAll("th")) other.removeAttribute("aria-sort");
-  header.setAttribute("aria-sort", direction);
-  const sign = direction === "ascending" ? 1 : -1;
-  const body = table.tBodies[0];
-  const keyed = Array.from(body.rows, (row) => [sortKey(row, header.cellIndex), row]);
-  keyed.sort(([a], [b]) => {
-    if (a === null || b === null) return (a === null) - (b === null);
-    return sign * compare(a, b);
-  });
-  body.append(...keyed.map(([, row]) => row));
-}
+const rowsOf = new Map();
 
 for (const table of document.querySelectorAll("table.sortable")) {
-  for (const header of table.tHead.rows[table.tHead.rows.length - 1].cells) {
+  const rows = new Rows(table);
+  rowsOf.set(table, rows);
+  const headers = Array.from(table.tHead.rows[table.tHead.rows.length - 1].cells);
+  for (const header of headers) {
     const button = document.createElement("button");
     button.type = "button";
     button.append(...header.childNodes);
-    button.addEventListener("click", () => sortBy(table, header));
+    button.addEventListener("click", () => {
+      const ascending = header.getAttribute("aria-sort") !== "ascending";
+      for (const other of headers) other.removeAttribute("aria-sort");
+      header.setAttribute("aria-sort", ascending ? "ascending" : "descending");
+      rows.sortBy(header.cellIndex, ascending ? 1 : -1);
+    });
     header.append(button);
   }
 }
 
 for (const input of document.querySelectorAll("input.filter")) {
-  const body = document.getElementById(input.dataset.table).tBodies[0];
-  const status = document.createElement("output");
-  status.className = "soft";
-  input.after(status);
-  let texts = null;
-  const filter = () => {
-    texts ??= Array.from(body.rows, (row) => [row, row.textContent.toLowerCase()]);
-    const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
-    let shown = 0;
-    for (const [row, text] of texts) {
-      row.hidden = !words.every((word) => text.includes(word));
-      shown += !row.hidden;
-    }
-    status.textContent = `${shown} of ${texts.length} rows`;
-  };
-  input.addEventListener("input", filter);
-  filter();
+  const rows = rowsOf.get(document.getElementById(input.dataset.table));
+  input.addEventListener("input", () => {
+    rows.words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
+    rows.show();
+  });
 }
