@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -379,6 +380,14 @@ def test_weights_of_another_model_and_missing_datasets_are_refused(
         tool(data, tmp_path / "other", "DATASETS.TRAIN", ("nowhere",))
     assert not (tmp_path / "out" / "diagnosis.json").exists()
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.timeout(120)
+def test_an_error_is_no_finding() -> None:
+    command = [sys.executable, str(ROOT / "tools" / "diagnose.py"), "--config-file", "nowhere.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "error: --config-file nowhere.yaml" in done.stderr
 
 
 @pytest.mark.timeout(200)

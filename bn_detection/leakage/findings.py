@@ -143,8 +143,8 @@ def _leak(examined: Examined, notes: list[str]) -> Iterator[Finding]:
         for lost_metric, estimate in ((metric, lost), (ap, lost_ap)):
             if estimate is not None:
                 evidence.append(
-                    f"{_METRICS[lost_metric]}: {_points(estimate)} points better with a batch of its "
-                    "own images than with population statistics"
+                    f"{_METRICS[lost_metric]}: {_points(estimate)} points better with a batch of "
+                    "its own images than with population statistics"
                 )
         yield Finding(
             f"The {head} head reads the other RoIs of its images in its normalization batch.",
