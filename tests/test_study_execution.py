@@ -9,14 +9,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from study_tasks import appending, task
 
 from bn_detection.config import ConfigError
+from bn_detection.engine.checkpoint import AtomicCheckpointer
 from bn_detection.study import process
 from bn_detection.study.display import Display, Running
 from bn_detection.study.executors import LocalExecutor
@@ -238,9 +240,9 @@ def test_a_full_disk_ends_the_study_with_a_clear_error(tmp_path: Path) -> None:
     assert notes.read_text() == "full other "
 
 
-@pytest.mark.timeout(60)
-def test_what_a_full_disk_really_does(tmp_path: Path) -> None:
-    """On a file system of 64 KiB: the task's output does not fit, then no byte is left."""
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -248,21 +250,34 @@ def test_what_a_full_disk_really_does(tmp_path: Path) -> None:
     )
     if mounted.returncode:
         pytest.skip("a small file system can be mounted by root alone (unshare -rm pytest ...)")
-    try:
-        record = disk / "study.json"
-        write_json(record, {"before": 1})
-        filling = task(disk, "filling", "import sys; sys.stdout.write('x' * 10**6)")
-        with pytest.raises(RuntimeError, match="the disk is full"):
-            execute([filling], LocalExecutor())
-        with pytest.raises(OSError, match="No space left"):
-            write_json(record, {"after": "y" * 10**5})
-        assert json.loads(record.read_text()) == {"before": 1}
-        assert sorted(path.name for path in disk.iterdir()) == ["filling.log", "study.json"]
-        filling.log.unlink()
-        filling.command[-1] = "print('fits')"
-        assert execute([filling], LocalExecutor()) == []
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.timeout(60)
+def test_what_a_full_disk_really_does(disk: Path) -> None:
+    record = disk / "study.json"
+    write_json(record, {"before": 1})
+    filling = task(disk, "filling", "import sys; sys.stdout.write('x' * 10**6)")
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        execute([filling], LocalExecutor())
+    with pytest.raises(OSError, match="No space left"):
+        write_json(record, {"after": "y" * 10**5})
+    assert json.loads(record.read_text()) == {"before": 1}
+    assert sorted(path.name for path in disk.iterdir()) == ["filling.log", "study.json"]
+    filling.log.unlink()
+    filling.command[-1] = "print('fits')"
+    assert execute([filling], LocalExecutor()) == []
+
+
+def test_on_a_full_disk_the_checkpoint_before_stays_the_last(disk: Path) -> None:
+    checkpointer = AtomicCheckpointer(torch.nn.Linear(2, 2), str(disk))
+    checkpointer.save("first")
+    with pytest.raises(OSError, match="No space left"):
+        (disk / "rest").write_bytes(bytes(10**6))
+    with pytest.raises(OSError, match="No space left"):
+        checkpointer.tag_last_checkpoint("second.pth")
+    assert Path(checkpointer.get_checkpoint_file()).name == "first.pth"
 
 
 def test_the_status_tells_a_full_disk_when_the_log_cannot(

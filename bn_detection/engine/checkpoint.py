@@ -42,6 +42,18 @@ class AtomicCheckpointer(DetectionCheckpointer):
         save_atomically(data, path)
         self.tag_last_checkpoint(f"{name}.pth")
 
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """As in Detectron2; on a full disk the checkpoint before stays the last."""
+        path = os.path.join(self.save_dir, "last_checkpoint")
+        unfinished = f"{path}.partial"
+        try:
+            with open(unfinished, "w") as file:
+                file.write(last_filename_basename)
+            os.replace(unfinished, path)
+        finally:
+            with suppress(FileNotFoundError):
+                os.remove(unfinished)
+
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As in Detectron2.
 
