@@ -38,12 +38,12 @@ def test_every_study_can_be_planned_without_its_data(
 ) -> None:
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "none"))
     study = read_study(path)
-    tasks, results = plan(study, tmp_path, {})
-    assert results.keys() == {
+    planned = plan(study, tmp_path, {})
+    assert planned.results.keys() == {
         (run, name, seed)
         for name, evaluation in study.evaluations.items()
         for run in evaluation.runs
         for seed in study.seeds
     }
-    assert len({task.record for task in tasks}) == len(tasks)
+    assert len({task.record for task in planned.tasks}) == len(planned.tasks)
     assert not (tmp_path / "none").exists()
