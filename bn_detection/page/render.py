@@ -24,7 +24,8 @@ def render(template: str, **context: Any) -> str:
       shows the first 200, and all at a click.
     * ``<input class="filter" data-table="ID">`` shows the rows of that sortable table that hold
       each of the words typed.
-    * ``<div class="scroll">`` around a wide table keeps the page itself from scrolling sideways.
+    * ``<div class="scroll">`` around a wide table keeps the page itself from scrolling sideways; in
+      print it stays on one page, if it fits and is not ``long`` too.
     * ``{{ value | number(1) }}`` rounds, with a sign if ``signed=True``; None gives a dash.
 
     Args:
