@@ -90,6 +90,8 @@ def run_in_batches(
     Returns:
         The outputs, in the order of ``features``.
     """
+    # With channels last, convolutions of small maps take about half the time on a CPU.
+    features = features.contiguous(memory_format=torch.channels_last)
     outputs = [layers(features[rows.to(features.device)]) for rows in batches]
     place = torch.argsort(torch.cat(list(batches))).to(features.device)
     return tuple(torch.cat(parts)[place] for parts in zip(*outputs, strict=True))

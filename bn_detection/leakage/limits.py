@@ -15,7 +15,7 @@ from ..config import ConfigError
 from ..data import LeakyShapesConfig, draw_shape, honest_accuracy_limit
 from .intervals import Estimate
 
-_SAMPLES = 1000
+_SAMPLES = 500
 # Characters of an annotation file in which LeakyShapes says what it is; COCO's may be large.
 _HEAD = 10_000
 
