@@ -24,6 +24,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--config-file",
         required=True,
+        dest="config",
         metavar="FILE.yaml",
         help="of the training; also the name of one in Detectron2's model zoo",
     )

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def diagnose(args: argparse.Namespace) -> int:
     )
     findings, notes = conclude(examined)
     settings: dict[str, Any] = {
-        "config": args.config_file,
+        "config": args.config,
         "weights": cfg.MODEL.WEIGHTS,
         "workers": workers,
         "images_per_worker": per_worker,
@@ -150,18 +151,21 @@ def diagnose(args: argparse.Namespace) -> int:
 
 
 def _load_config(args: argparse.Namespace) -> CfgNode:
-    """The config; args.config_file becomes a path, and args.folder that of the output."""
-    if not os.path.isfile(args.config_file):
-        # Where the file is not there, load_config says so.
-        try:
-            args.config_file = model_zoo.get_config_file(args.config_file)
-        except RuntimeError:
-            logger.debug("%s is no config of the model zoo.", args.config_file)
+    """The config; args.config_file becomes its path, and args.folder that of the output."""
+    args.config_file = _config_path(args.config)
     cfg = load_config(args)
     stem = Path(cfg.MODEL.WEIGHTS or "random_weights").stem
     args.folder = args.output_dir or os.path.join(cfg.OUTPUT_DIR, f"diagnosis_{stem}")
     cfg.OUTPUT_DIR = args.folder
     return cfg
+
+
+def _config_path(config: str) -> str:
+    """A file, or one of the model zoo; load_config says where it is neither."""
+    if not os.path.isfile(config):
+        with suppress(RuntimeError):
+            return model_zoo.get_config_file(config)
+    return config
 
 
 def _build_model(cfg: CfgNode, workers: int, per_worker: int) -> tuple[nn.Module, int, CfgNode]:
