@@ -84,6 +84,7 @@ def test_baseline_paper_and_probe(tmp_path: Path) -> None:
         (f"  GN:\n    config: {CONFIG}\n", "  GN:\n", ["line 7", "GN lacks the key config"]),
         ("mask_rcnn_bn.yaml", "mask_rcnn_b.yaml", ["line 5", "mask_rcnn_b.yaml", "no file"]),
         ("  GN:\n", "  BN:\n", ["line 7", "BN is there already"]),
+        ("  GN:\n", "  figures:\n", ["line 7", '"figures" is the name of a folder']),
         ("about: A small one.\n", "", ["line 1", "lacks the key about"]),
         ("SOLVER.MAX_ITER: 1}", "SEED: 4}", ["line 6", "SEED is chosen by the runner"]),
         ("BN.INFERENCE: batch", "MODEL.WEIGHTS: a.pth", ["line 14", "MODEL.WEIGHTS is chosen"]),

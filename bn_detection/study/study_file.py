@@ -20,6 +20,7 @@ _STUDY_KEYS = (
 )
 _RUN_KEYS = ("config", "overrides")
 _EVALUATION_KEYS = ("runs", "overrides", "recalibrate", "probe", "workers")
+_FOLDERS = ("figures", "slurm")
 TAKEN = ("OUTPUT_DIR", "SEED")
 """Keys to which the runner gives a value of its own."""
 _OF_EVALUATION = (*TAKEN, "MODEL.WEIGHTS")
@@ -229,6 +230,8 @@ class _Reader:
         for name, value in named.items():
             problem = f'"{name}" names a folder: without "/", and no "." first.'
             self._check("/" not in name and name[:1] != ".", (key, name), problem)
+            problem = f'"{name}" is the name of a folder of the runner; give another.'
+            self._check(key != "runs" or name not in _FOLDERS, (key, name), problem)
             yield name, value, (key, name)
 
     def _mapping(
