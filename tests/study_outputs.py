@@ -39,7 +39,9 @@ def write_ap(folder: Path, cell: Cell, **aps: float | None) -> Path:
     return path
 
 
-def write_probe(folder: Path, cell: Cell, accuracy: Mapping[str, float]) -> Path:
+def write_probe(
+    folder: Path, cell: Cell, accuracy: Mapping[str, float], limit: float | None = None
+) -> Path:
     """The probe.json of a cell, with box AP at 90 % of the accuracy of each mode."""
 
     def number(value: float) -> dict[str, float]:
@@ -54,6 +56,8 @@ def write_probe(folder: Path, cell: Cell, accuracy: Mapping[str, float]) -> Path
         "inconsistency": numbers(accuracy["own_worker"] - accuracy["population"]),
         "limit": None,
     }
+    if limit is not None:
+        content["limit"] = {"limit": limit, "above": number(accuracy["own_worker"] - limit)}
     path = folder / cell.run / f"seed_{cell.seed}" / cell.evaluation / "probe.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))

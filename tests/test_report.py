@@ -121,6 +121,19 @@ def test_probes_have_a_table_and_differences_by_hand(tmp_path: Path) -> None:
     assert ["ShuffleBN", "leak", "2", "inconsistency in accuracy", "2"] in rows
 
 
+@pytest.mark.parametrize(("limit", "above"), [(41.2, 48.8), (100.0, None), (None, None)])
+def test_accuracy_above_a_limit_that_says_something(
+    limit: float | None, above: float | None, tmp_path: Path
+) -> None:
+    study = make_study(tmp_path, ["BN"], [1], probe=True)
+    cell = Cell("BN", "leak", 1)
+    accuracy = {"own_image": 90, "own_worker": 90, "shuffled": 41, "population": 40}
+    path = write_probe(tmp_path, cell, accuracy, limit)
+    found = collect_results(study, {cell: path}, tmp_path)
+    expected = {} if above is None else {1: pytest.approx(above)}
+    assert found.by_seed("accuracy above the limit", "BN", "leak") == expected
+
+
 def test_the_reading_says_what_the_intervals_support(tmp_path: Path) -> None:
     study = make_study(tmp_path, ["GN", "BN", "SyncBN"], [1, 2, 3], head="baseline: BN")
     aps = {"BN": (70, 72, 74), "GN": (80, 81.5, 84), "SyncBN": (74, 68, 76)}
@@ -187,6 +200,11 @@ def test_the_x_axis_has_a_figure_of_its_own(tmp_path: Path) -> None:
     results = make_results(tmp_path, study)
     names = [each.name for each in draw_all(collect_results(study, results, tmp_path))]
     assert names == ["over_x_axis", "training_curves"]
+    for run in study.runs:
+        for seed in study.seeds:
+            write_training(tmp_path, run, seed, [0.5])
+    names = [each.name for each in draw_all(collect_results(study, results, tmp_path))]
+    assert names == ["over_x_axis"]  # one point is no curve
 
 
 def test_recalibrated_statistics_have_their_distance(tmp_path: Path) -> None:

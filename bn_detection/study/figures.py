@@ -74,7 +74,8 @@ def meaning_of_bars(results: StudyResults, over_images: bool = False) -> str:
     """What the error bars of a figure are."""
     number = len(results.study.seeds)
     if number > 1:
-        return f"Bars: 95 % intervals over {number} seeds."
+        of_one = " (over images where there is one seed)" if over_images else ""
+        return f"Bars: 95 % intervals over {number} seeds{of_one}."
     if over_images:
         return "One seed; bars: 95 % intervals over images."
     return "One seed: no interval."
@@ -180,7 +181,7 @@ def _training_curves(results: StudyResults) -> Drawn | None:
     curves: dict[str, dict[str, list[dict[int, float]]]] = {}
     for (run, _), training in results.trainings.items():
         for scalar in scalars:
-            if scalar in training.curves:
+            if len(training.curves.get(scalar, {})) > 1:
                 by_run = curves.setdefault(scalar, {})
                 by_run.setdefault(run, []).append(training.curves[scalar])
     if not curves:

@@ -8,7 +8,7 @@ from .figures import in_words
 from .results import BOX_AP, HEADLINES, LEAKAGES, TRAINING, StudyResults, unit
 from .statistics import Estimate, paired_difference
 
-_MOST_NAMED = 5
+_MOST_NAMED = 8
 
 
 def read_results(results: StudyResults) -> list[str]:

@@ -154,9 +154,11 @@ def _page(
 
 def _scale(results: StudyResults, table: _Table) -> str:
     number = len(results.study.seeds)
+    of_one = "in brackets, of one seed, the 95 % interval over images"
     if number == 1:
-        return f"one seed{', with 95 % intervals over images' if table.of_probe else ''}"
-    return f"mean ± half of the 95 % interval over {number} seeds (Student's t)"
+        return f"one seed; {of_one}" if table.of_probe else "one seed"
+    scale = f"mean ± half of the 95 % interval over {number} seeds (Student's t)"
+    return f"{scale}; {of_one}" if table.of_probe else scale
 
 
 def _as_rows(results: StudyResults, table: _Table) -> dict[str, Any]:
@@ -386,12 +388,14 @@ def _print(results: StudyResults, reading: Sequence[str]) -> None:
     number = len(results.study.seeds)
     meaning = "one seed" if number == 1 else f"{number} seeds: mean ± half of the 95 % interval"
     for table in _tables(results):
+        # The modes of a probe, with an interval each, are too wide for a terminal.
+        columns = [c for c in table.columns if not table.of_probe or not c[1].endswith(_MODES)]
         rows = [
-            [run, *(_entry(results, run, metric, name) for _, metric, name in table.columns)]
+            [run, *(_entry(results, run, metric, name) for _, metric, name in columns)]
             for run in results.study.runs
         ]
-        rows.insert(0, ["", *(header for header, _, _ in table.columns)])
-        if len(table.columns) > len(results.study.runs):
+        rows.insert(0, ["", *(header for header, _, _ in columns)])
+        if len(columns) > len(results.study.runs):
             rows = list(zip(*rows, strict=True))
         print(f"\n{table.title[0].upper()}{table.title[1:]}, {meaning}\n")
         print(tabulate(rows, "firstrow", tablefmt="simple", disable_numparse=True))

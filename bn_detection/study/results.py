@@ -185,8 +185,10 @@ def _add_probe(collected: StudyResults, cell: Cell, content: dict[str, Any]) -> 
     for name, numbers in named.items():
         for key, number in numbers.items():
             collected.add(name.format(_OF_PROBE[key]), cell, _measured(number))
-    if content["limit"] is not None:
-        collected.add("accuracy above the limit", cell, _measured(content["limit"]["above"]))
+    limit = content["limit"]
+    # Nothing is above a limit of 100 %.
+    if limit is not None and (limit["limit"] or 100) < 100:
+        collected.add("accuracy above the limit", cell, _measured(limit["above"]))
 
 
 def _measured(number: dict[str, float | None]) -> Measured:
