@@ -109,7 +109,7 @@ def test_tasks_run_on_a_real_slurm(tmp_path: Path, capfd: pytest.CaptureFixture[
     good = task(tmp_path, "test-good", code)
     bad = task(tmp_path, "test-bad", "print('the reason'); raise SystemExit(3)")
     then = task(tmp_path, "test-then", code, good)
-    executor = SlurmExecutor(tmp_path, parameters={"timeout_min": 2})
+    executor = SlurmExecutor(tmp_path, parameters={"timeout_min": 10})
     assert execute([good, bad, then], executor) == [bad]
     ids = [int(one.log.read_text().split()[0]) for one in (good, then)]
     assert ids[0] < ids[1]
@@ -126,7 +126,7 @@ from bn_detection.study.scheduler import execute
 from study_tasks import appending, task
 folder = Path({folder!r})
 code = "import time; time.sleep(8); " + appending(folder / "notes", "once ")
-execute([task(folder, "test-slow", code)], SlurmExecutor(folder, parameters={{"timeout_min": 2}}))
+execute([task(folder, "test-slow", code)], SlurmExecutor(folder, parameters={{"timeout_min": 10}}))
 """
 
 
@@ -141,7 +141,7 @@ def test_a_job_whose_runner_was_killed_is_found_and_not_submitted_again(
     wait_for(slow.log.exists, 60)
     runner.kill()
     runner.wait()
-    executor = SlurmExecutor(tmp_path, parameters={"timeout_min": 2})
+    executor = SlurmExecutor(tmp_path, parameters={"timeout_min": 10})
     found = executor.find([slow])
     assert list(found) == [slow]
     # The job of a task of another folder is not taken for its own.
@@ -164,6 +164,6 @@ def test_a_cancelled_job_is_a_failed_task(tmp_path: Path) -> None:
             return super().status(task)
 
     start = time.monotonic()
-    assert execute([slow], Cancels(tmp_path, parameters={"timeout_min": 2})) == [slow]
+    assert execute([slow], Cancels(tmp_path, parameters={"timeout_min": 10})) == [slow]
     assert time.monotonic() - start < 50
     assert not slow.record.exists()
