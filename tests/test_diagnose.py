@@ -358,6 +358,20 @@ def test_random_weights_and_no_labels(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(120)
+def test_keys_of_other_projects_are_named_and_passed_over(data: Path, tmp_path: Path) -> None:
+    config_file = tmp_path / "theirs.yaml"
+    config_file.write_text(
+        f"_BASE_: {CONFIG}\nTHEIRS: {{DEPTH: 2}}\nMODEL: {{ROI_HEADS: {{THEIR_KEY: x}}}}\n"
+    )
+    more = ("MODEL.ROI_BOX_HEAD.NORM", "GN", "MODEL.ROI_MASK_HEAD.NORM", "GN", "MODEL.WEIGHTS", "")
+    assert tool(data, tmp_path / "out", *more, config_file=config_file) == 0
+    (note,) = result(tmp_path / "out")["notes"]
+    assert note.endswith("MODEL.ROI_HEADS.THEIR_KEY, THEIRS, THEIRS.DEPTH.")
+    with pytest.raises(ConfigError, match=r"MODEL\.TYPO"):
+        tool(data, tmp_path / "typo", "MODEL.TYPO", 1)
+
+
+@pytest.mark.timeout(120)
 def test_model_without_bn_has_no_finding(data: Path, tmp_path: Path) -> None:
     norms = [f"MODEL.ROI_{head}_HEAD.NORM" for head in ("BOX", "MASK")]
     more = [part for key in norms for part in (key, "GN")]

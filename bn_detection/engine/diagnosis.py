@@ -129,6 +129,12 @@ def diagnose(args: argparse.Namespace) -> int:
         _uses_project(args.config_file) or any(layer.is_ours for layer in layers),
     )
     findings, notes = conclude(examined)
+    known = _keys(load_config(argparse.Namespace(config_file="", opts=[])))
+    if unknown := sorted(_keys(cfg) - known):
+        notes.append(
+            f"{args.config} has keys that neither Detectron2 nor bn_detection knows, which changed "
+            f"nothing here: {', '.join(unknown)}."
+        )
     settings: dict[str, Any] = {
         "config": args.config,
         "weights": cfg.MODEL.WEIGHTS,
@@ -153,11 +159,18 @@ def diagnose(args: argparse.Namespace) -> int:
 def _load_config(args: argparse.Namespace) -> CfgNode:
     """The config; args.config_file becomes its path, and args.folder that of the output."""
     args.config_file = _config_path(args.config)
-    cfg = load_config(args)
+    cfg = load_config(args, unknown_keys=True)
     stem = Path(cfg.MODEL.WEIGHTS or "random_weights").stem
     args.folder = args.output_dir or os.path.join(cfg.OUTPUT_DIR, f"diagnosis_{stem}")
     cfg.OUTPUT_DIR = args.folder
     return cfg
+
+
+def _keys(node: CfgNode, prefix: str = "") -> set[str]:
+    """The dotted keys of a config; a node that is a key of its own too."""
+    keys = {f"{prefix}{key}" for key in node}
+    nodes = ((key, value) for key, value in node.items() if isinstance(value, CfgNode))
+    return keys.union(*(_keys(value, f"{prefix}{key}.") for key, value in nodes))
 
 
 def _config_path(config: str) -> str:

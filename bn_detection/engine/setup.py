@@ -28,11 +28,13 @@ from .checks import check_config, last_checkpoint
 _VERSIONED = ("bn_detection", "detectron2", "torch", "torchvision", "fvcore", "numpy")
 
 
-def load_config(args: argparse.Namespace) -> CfgNode:
+def load_config(args: argparse.Namespace, *, unknown_keys: bool = False) -> CfgNode:
     """The config of ``--config-file`` and the ``KEY VALUE`` overrides.
 
     Args:
         args: of :func:`bn_detection.engine.argument_parser`.
+        unknown_keys: whether the file may have keys that Detectron2 and this project do not know,
+            those of somebody's own project.
 
     Raises:
         ConfigError: the file cannot be read, or a key or the type of a value is wrong.
@@ -42,7 +44,9 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     if args.config_file:
         if not os.path.isfile(args.config_file):
             raise ConfigError(f"--config-file {args.config_file}: there is no such file.")
+        cfg.set_new_allowed(unknown_keys)
         _merge(cfg.merge_from_file, args.config_file, f"--config-file {args.config_file}")
+        cfg.set_new_allowed(False)
     _merge(cfg.merge_from_list, args.opts, "KEY VALUE overrides")
     return cfg
 
