@@ -12,7 +12,7 @@ from browser import open_browser, open_page
 from jinja2 import UndefinedError
 from matplotlib.colors import to_rgb
 
-from bn_detection.page import COLORS, figure, new_figure, render, write_page
+from bn_detection.page import COLORS, figure, new_figure, render
 from bn_detection.page.render import _environment, _number
 
 TEMPLATES = Path(__file__).parents[1] / "bn_detection/page/templates"
@@ -78,20 +78,6 @@ def test_figure_says_what_it_shows_and_repeats_no_id() -> None:
     assert not one & other
 
 
-def test_a_page_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "page.html"
-    write_page(path, "old")
-
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="No space"):
-        write_page(path, "new")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 PAGE = """{% extends "base.html.j2" %}
 {% block title %}Tables{% endblock %}
 {% block content %}
@@ -124,7 +110,7 @@ def page(tmp_path: Path) -> Path:
     environment = _environment()
     path = tmp_path / "page.html"
     html = environment.from_string(PAGE).render(heading="<b>bold</b>", rows=ROWS)
-    write_page(path, html)
+    path.write_text(html, encoding="utf-8")
     return path
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,19 +11,15 @@ from detectron2.checkpoint import DetectionCheckpointer
 from fvcore.common.checkpoint import _filter_reused_missing_keys, _IncompatibleKeys
 
 from ..config import ConfigError
+from ..files import replacing
 
 _KEYS_SHOWN = 10
 
 
 def save_atomically(data: Any, path: str) -> None:
     """``torch.save``; an interrupted one leaves ``path`` as it was."""
-    unfinished = f"{path}.partial"
-    try:
+    with replacing(path) as unfinished:
         torch.save(data, unfinished)
-        os.replace(unfinished, path)
-    finally:
-        with suppress(FileNotFoundError):
-            os.remove(unfinished)
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
@@ -44,15 +39,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """As in Detectron2; on a full disk the checkpoint before stays the last."""
-        path = os.path.join(self.save_dir, "last_checkpoint")
-        unfinished = f"{path}.partial"
-        try:
-            with open(unfinished, "w") as file:
-                file.write(last_filename_basename)
-            os.replace(unfinished, path)
-        finally:
-            with suppress(FileNotFoundError):
-                os.remove(unfinished)
+        with replacing(os.path.join(self.save_dir, "last_checkpoint")) as unfinished:
+            unfinished.write_text(last_filename_basename)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As in Detectron2.

@@ -19,11 +19,11 @@ from torch import nn
 
 from ..config import ConfigError
 from ..data import SinglePassLoader, check_dataset_files, report_unreadable
+from ..files import make_folder, replacing
 from ..leakage import LeakageReport, check_probe, images_per_worker, measure_leakage
 from ..leakage.diagnosis import Diagnosis
 from ..leakage.findings import Examined, conclude
 from ..leakage.layers import LayerReport, inspect_layers, spans_workers
-from ..page import write_page
 from .checkpoint import StrictCheckpointer
 from .checks import check_config
 from .setup import begin, installed_versions, load_config, register_datasets
@@ -74,12 +74,7 @@ def preflight_diagnosis(args: argparse.Namespace) -> str:
             check_dataset_files(f"DATASETS.{key}", name)
     if not cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN is empty: the statistics are measured on its images.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output-dir {folder} cannot be made: {error}") from error
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"--output-dir {folder} cannot be written to.")
+    make_folder(folder, f"--output-dir {folder}")
     return cfg.MODEL.DEVICE
 
 
@@ -147,10 +142,10 @@ def diagnose(args: argparse.Namespace) -> int:
     diagnosis = Diagnosis(settings, layers, report, findings, notes, left_out)
     report_unreadable(cfg.OUTPUT_DIR)
     folder = Path(args.folder)
-    write_page(
-        folder / JSON_NAME, json.dumps(diagnosis.to_json(), indent=2, allow_nan=False) + "\n"
-    )
-    write_page(folder / PAGE_NAME, diagnosis.html())
+    content = json.dumps(diagnosis.to_json(), indent=2, allow_nan=False) + "\n"
+    for name, text in ((JSON_NAME, content), (PAGE_NAME, diagnosis.html())):
+        with replacing(folder / name) as file:
+            file.write_text(text, encoding="utf-8")
     logger.info("Diagnosis of %s\n\n%s\n", cfg.MODEL.WEIGHTS or "random weights", diagnosis.text())
     logger.info("Wrote %s and %s", folder / JSON_NAME, folder / PAGE_NAME)
     return 1 if findings else 0

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 from pathlib import Path
 
 from detectron2.config import CfgNode
 
 from ..config import ConfigError
 from ..data import check_dataset_files
+from ..files import make_folder, replacing
 from ..leakage import measure_leakage
 from .checkpoint import StrictCheckpointer
 from .checks import check_config
@@ -44,12 +44,7 @@ def preflight_probe(args: argparse.Namespace) -> str:
         raise ConfigError("DATASETS.TEST is empty: the probe takes its labelled images from there.")
     register_datasets(cfg)
     check_dataset_files("DATASETS.TEST", cfg.DATASETS.TEST[0])
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output {output}: its folder cannot be made: {error}") from error
-    if not os.access(output.parent, os.W_OK):
-        raise ConfigError(f"--output {output}: its folder cannot be written to.")
+    make_folder(output.parent, f"--output {output}")
     return cfg.MODEL.DEVICE
 
 
@@ -72,12 +67,8 @@ def probe(args: argparse.Namespace) -> None:
         logger.warning("Probing randomly initialized weights: MODEL.WEIGHTS is empty.")
     report = measure_leakage(cfg, model)
     output = Path(args.output)
-    unfinished = output.with_name(f"{output.name}.partial")
-    try:
-        unfinished.write_text(json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n")
-        os.replace(unfinished, output)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(output) as file:
+        file.write_text(json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n")
     logger.info("%s", report.text())
     logger.info("Wrote %s", output)
 

@@ -26,6 +26,7 @@ from ..data import (
     register_image_folder,
     report_unreadable,
 )
+from ..files import make_folder, replacing
 from ..population import (
     PopulationStatistics,
     apply_statistics,
@@ -75,12 +76,7 @@ def preflight_recalibration(args: argparse.Namespace) -> str:
     register_datasets(cfg)
     for name in cfg.DATASETS.TRAIN:
         check_dataset_files("--dataset" if args.dataset else "DATASETS.TRAIN", name)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output {output}: its folder cannot be made: {error}") from error
-    if not os.access(output.parent, os.W_OK):
-        raise ConfigError(f"--output {output}: its folder cannot be written to.")
+    make_folder(output.parent, f"--output {output}")
     return cfg.MODEL.DEVICE
 
 
@@ -258,14 +254,9 @@ def _or_none(value: float) -> float | None:
 
 
 def _write(output: Path, model: nn.Module, record: dict[str, Any]) -> None:
-    path = _record_path(output)
-    unfinished = path.with_name(f"{path.name}.partial")
-    try:
-        unfinished.write_text(json.dumps(record, indent=2) + "\n")
+    with replacing(_record_path(output)) as file:
+        file.write_text(json.dumps(record, indent=2) + "\n")
         save_atomically({"model": model.state_dict()}, str(output))
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _table(by_layer: dict[str, dict[str, Any]]) -> str:

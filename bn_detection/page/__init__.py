@@ -1,6 +1,6 @@
 """Self-contained HTML pages: one look for the study's report and the diagnosis."""
 
 from .figure import COLORS, MARKERS, figure, new_figure
-from .render import render, write_page
+from .render import render
 
-__all__ = ["COLORS", "MARKERS", "figure", "new_figure", "render", "write_page"]
+__all__ = ["COLORS", "MARKERS", "figure", "new_figure", "render"]

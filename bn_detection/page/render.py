@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -55,21 +53,6 @@ def _environment() -> Environment:
         environment.loader.get_source(environment, name)[0]
     )
     return environment
-
-
-def write_page(path: Path, html: str) -> None:
-    """Write a page whole or not at all.
-
-    Args:
-        path: of the page; replaced if it is there.
-        html: its text.
-    """
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        unfinished.write_text(html, encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _number(value: float | None, decimals: int = 1, signed: bool = False) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..files import replacing
 from ..norm import (
     Groups,
     GroupStatistics,
@@ -191,9 +191,8 @@ def read_trace(path: Path) -> list[dict[str, Any]]:
 def _drop_from(path: Path, iteration: int) -> None:
     """Keep the records of earlier iterations, in place."""
     kept = [record for record in read_trace(path) if record["iteration"] < iteration]
-    partial_file = path.with_name(f"{path.name}.partial")
-    partial_file.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    os.replace(partial_file, path)
+    with replacing(path) as file:
+        file.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _evenly_spaced(size: int, number: int) -> list[int]:

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
-from ..page import figure, render, write_page
+from ..files import replacing
+from ..page import figure, render
 from .figures import Drawn, draw_all, in_words
 from .folder import write_json
 from .matrix import Cell, Failure
@@ -60,7 +61,8 @@ def write_report(
     _write_csv(folder / "results.csv", collected)
     path = folder / "results.json"
     write_json(path, _as_json(collected, failures))
-    write_page(folder / "report.html", _page(collected, reading, figures, failures))
+    with replacing(folder / "report.html") as page:
+        page.write_text(_page(collected, reading, figures, failures), encoding="utf-8")
     _print(collected, reading)
     print(f"\nReport: {folder / 'report.html'}")
     return path
@@ -320,22 +322,18 @@ def _tail(log: Path) -> str:
 def _save(drawn: Drawn, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for suffix in ("png", "svg"):
-        path = folder / f"{drawn.name}.{suffix}"
-        partial = path.with_name(f"{path.name}.partial")
-        drawn.figure.savefig(partial, format=suffix, dpi=150)
-        os.replace(partial, path)
+        with replacing(folder / f"{drawn.name}.{suffix}") as path:
+            drawn.figure.savefig(path, format=suffix, dpi=150)
 
 
 def _write_csv(path: Path, results: StudyResults) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", newline="") as file:
+    with replacing(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("run", "evaluation", "seed", "metric", "value"))
         for metric, places in results.values.items():
             for (run, evaluation), by_seed in places.items():
                 for seed, measured in by_seed.items():
                     writer.writerow((run, evaluation, seed, metric, measured.value))
-    os.replace(partial, path)
 
 
 def _as_json(results: StudyResults, failures: Sequence[Failure]) -> dict[str, Any]:
