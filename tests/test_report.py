@@ -78,7 +78,7 @@ def test_undefined_ap_is_left_out_of_the_mean_and_said(
     assert "4 numbers are undefined and left out of the means." in printed
 
 
-def test_training_accuracy_is_of_the_last_fifth_of_a_training_that_ended(tmp_path: Path) -> None:
+def test_training_accuracy_is_of_two_parts_of_a_training_that_ended(tmp_path: Path) -> None:
     study = make_study(tmp_path, ["BN", "GN"], [1])
     place = write_training(tmp_path, "BN", 1, CURVE)
     write_training(tmp_path, "GN", 1, CURVE, done=False)
@@ -88,8 +88,11 @@ def test_training_accuracy_is_of_the_last_fifth_of_a_training_that_ended(tmp_pat
         file.write('{"iteration": 199, "fast_rcnn/fg_cls_accuracy": 0.5, "total_loss": NaN}\n')
     results = collect_results(study, {}, tmp_path)
     # Iterations 179 and 199 are the two records of the last 40 of 200.
-    assert results.by_seed("training accuracy", "BN", "training") == {1: pytest.approx(70.0)}
-    assert results.by_seed("training accuracy", "GN", "training") == {}
+    last = "last fifth of training"
+    assert results.by_seed("training accuracy", "BN", last) == {1: pytest.approx(70.0)}
+    assert results.by_seed("training accuracy", "GN", last) == {}
+    first = "first half of training"
+    assert results.by_seed("training accuracy", "BN", first) == {1: pytest.approx(10.0)}
     assert results.trainings["GN", 1].seconds is None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from .figures import in_words
-from .results import BOX_AP, HEADLINES, LEAKAGES, TRAINING, StudyResults, unit
+from .results import BOX_AP, HEADLINES, LEAKAGES, PHASES, StudyResults, unit
 from .statistics import Estimate, paired_difference
 
 _MOST_NAMED = 8
@@ -99,7 +99,7 @@ def _runs(results: StudyResults, comparisons: _Comparisons) -> Iterator[str]:
         for name in results.evaluations(metric):
             found = {run: results.difference(metric, run, name) for run in others}
             told = comparisons.sort(found)
-            where = metric if name == TRAINING else f'{metric} under "{name}"'
+            where = f"{metric} in the {name}" if name in PHASES else f'{metric} under "{name}"'
             signed = {run: _signed(found[run], metric) for run in others}
             parts = _parts(told, signed, f"{study.baseline}'s")
             if parts:

@@ -21,7 +21,7 @@ from .reading import read_results
 from .results import (
     HEADLINES,
     LEAKAGES,
-    TRAINING,
+    PHASES,
     StudyResults,
     collect_results,
     decimals,
@@ -116,9 +116,9 @@ def _entry(results: StudyResults, run: str, metric: str, evaluation: str) -> str
     """What a table shows of a run; empty where the study does not have it."""
     by_seed = results.by_seed(metric, run, evaluation)
     if not by_seed:
-        runs = results.study.runs if evaluation == TRAINING else _of(results, evaluation).runs
+        runs = results.study.runs if evaluation in PHASES else _of(results, evaluation).runs
         done = results.metrics.get(run, {}).get(evaluation)
-        return "" if run not in runs or done or evaluation == TRAINING else "failed"
+        return "" if run not in runs or done or evaluation in PHASES else "failed"
     found = results.estimate(metric, run, evaluation)
     text = in_words(found, decimals(metric))
     number = len(results.study.seeds)
@@ -301,7 +301,7 @@ def _cells(results: StudyResults, metrics: Sequence[str]) -> list[dict[str, Any]
     """A row a result, with each of the metrics."""
     rows = []
     for run in results.study.runs:
-        for name in (*results.study.evaluations, TRAINING):
+        for name in (*results.study.evaluations, *PHASES):
             for seed in results.study.seeds:
                 found = [
                     results.values.get(metric, {}).get((run, name), {}).get(seed)

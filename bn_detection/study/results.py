@@ -15,8 +15,8 @@ from .matrix import Cell
 from .statistics import Estimate, estimate, paired_difference
 from .study_file import Study
 
-TRAINING = "training"
-"""What stands for the evaluation where a number is of the training itself."""
+PHASES = {"first half of training": (0.0, 0.5), "last fifth of training": (0.8, 1.0)}
+"""What stands for the evaluation where a number is of the training itself: a part of it."""
 
 BOX_AP = "box AP"
 TRAINING_ACCURACY = "training accuracy"
@@ -74,13 +74,12 @@ class Training:
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
         return yaml.load(path.read_text(), loader) if path.is_file() else {}
 
-    @property
-    def accuracy(self) -> float | None:
-        """Mean accuracy on foreground RoIs over the last fifth of the iterations, in percent."""
+    def accuracy(self, start: float, end: float) -> float | None:
+        """Mean accuracy on foreground RoIs in a part of the iterations, in percent."""
         curve = self.curves.get("fast_rcnn/fg_cls_accuracy", {})
-        start = 0.8 * (max(curve, default=0) + 1)
-        last = [value for iteration, value in curve.items() if iteration >= start]
-        return 100 * sum(last) / len(last) if last else None
+        number = max(curve, default=0) + 1
+        part = [value for k, value in curve.items() if start * number <= k < end * number]
+        return 100 * sum(part) / len(part) if part else None
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class StudyResults:
     def evaluations(self, metric: str) -> list[str]:
         """The evaluations that have numbers of a metric, in the order of the study."""
         found = {evaluation for _, evaluation in self.values.get(metric, {})}
-        return [name for name in (*self.study.evaluations, TRAINING) if name in found]
+        return [name for name in (*self.study.evaluations, *PHASES) if name in found]
 
     def by_seed(self, metric: str, run: str, evaluation: str) -> dict[int, float | None]:
         """The values of one run under one evaluation; empty where there is none."""
@@ -160,10 +159,12 @@ def collect_results(study: Study, results: Mapping[Cell, Path], folder: Path) ->
             if place.is_dir():
                 training = _read_training(place)
                 collected.trainings[run, seed] = training
-                # The accuracy of a training that has not come to its end is that of its middle.
-                if training.seconds is not None and training.accuracy is not None:
-                    cell = Cell(run, TRAINING, seed)
-                    collected.add(TRAINING_ACCURACY, cell, Measured(training.accuracy))
+                for phase, part in PHASES.items():
+                    accuracy = training.accuracy(*part)
+                    # A training that has not come to its end has other halves.
+                    if training.seconds is not None and accuracy is not None:
+                        cell = Cell(run, phase, seed)
+                        collected.add(TRAINING_ACCURACY, cell, Measured(accuracy))
     return collected
 
 
