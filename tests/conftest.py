@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -16,3 +17,9 @@ def own_catalogs() -> Iterator[None]:
     for name in set(DatasetCatalog) - before:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def sigint_interrupts() -> None:
+    """As from a terminal: a shell has the children of its background jobs ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
