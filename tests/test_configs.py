@@ -25,9 +25,12 @@ def test_both_forms_of_a_study_ask_the_same(name: str) -> None:
     small, large = (read_study(path / f"{name}.yaml") for path in (STUDIES, STUDIES / "coco"))
     assert small.paper == large.paper
     assert (small.paper is None) == (name == "renorm")
+    # With an image a worker ImageBN is BN.
+    only_large = {"ImageBN"} if name == "leakage" else set()
     # Only the sizes of batches are others.
     if name != "inference":
-        assert (list(small.runs), small.baseline) == (list(large.runs), large.baseline)
+        assert list(small.runs) == [run for run in large.runs if run not in only_large]
+        assert small.baseline == large.baseline
     if name != "population":
         assert list(small.evaluations) == list(large.evaluations)
 
