@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fvcore.nn.weight_init as weight_init
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from fvcore.nn import weight_init
 from torch import Tensor, nn
 
 
