@@ -341,6 +341,21 @@ def test_shuffled_and_synchronized_batches_are_those_of_all_workers(
 
 
 @pytest.mark.timeout(120)
+def test_stock_syncbn_heads_on_a_cpu(data: Path, tmp_path: Path) -> None:
+    heads = {"BOX": "FastRCNNConvFCHead", "MASK": "MaskRCNNConvUpsampleHead"}
+    more = [
+        part
+        for head, name in heads.items()
+        for key, value in (("NAME", name), ("NORM", "SyncBN"))
+        for part in (f"MODEL.ROI_{head}_HEAD.{key}", value)
+    ]
+    assert tool(data, tmp_path / "out", *more, flags=("--num-gpus", 2)) == 1
+    found = result(tmp_path / "out")
+    assert {report["sharing"] for report in found["layers"]} == {"world"}
+    assert len(found["probe"]["batch_norms"]) == 6
+
+
+@pytest.mark.timeout(120)
 def test_random_weights_and_no_labels(data: Path, tmp_path: Path) -> None:
     unlabelled = tmp_path / "unlabelled.json"
     content = json.loads((data / "train/annotations.json").read_text())

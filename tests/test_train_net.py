@@ -345,6 +345,13 @@ def refused(folder: Path, output: Path, *more: object, flags: tuple[str, ...] = 
             ],
             ['MODEL.ROI_BOX_HEAD.NORM is "GhostBN"', '"BNConvFCHead"'],
         ),
+        (
+            [
+                *("MODEL.ROI_BOX_HEAD.NORM", "SyncBN"),
+                *("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"),
+            ],
+            ['MODEL.ROI_BOX_HEAD.NORM is "SyncBN"', "CPU", '"BNConvFCHead"'],
+        ),
         (["MODEL.ROI_HEADS.NUM_CLASSES", "80"], ["MODEL.ROI_HEADS.NUM_CLASSES is 80", "4 classes"]),
         (["MODEL.WEIGHTS", "no/such.pth"], ["MODEL.WEIGHTS no/such.pth", "no such file"]),
         (["SOLVER.IMS_PER_BATCH", "3"], ["SOLVER.IMS_PER_BATCH 3", "2 workers"]),

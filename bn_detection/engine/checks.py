@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,6 +57,7 @@ def check_config(cfg: CfgNode, *, num_workers: int, eval_only: bool, resume: boo
         _check_weights(cfg.MODEL.WEIGHTS)
     if not eval_only:
         _check_training(cfg, num_workers, resume)
+        _check_synchronization(cfg)
         _check_virtual_workers(cfg, num_workers)
 
 
@@ -71,6 +73,8 @@ def check_recalibration(cfg: CfgNode, num_workers: int) -> None:
     """
     check_config(cfg, num_workers=num_workers, eval_only=True, resume=False)
     _check_virtual_workers(cfg, num_workers)
+    if num_workers > 1:
+        _check_synchronization(cfg)
     if not cfg.MODEL.WEIGHTS:
         raise ConfigError('MODEL.WEIGHTS is "": give the checkpoint to recalibrate.')
     node = cfg.BN.POPULATION
@@ -94,26 +98,24 @@ def last_checkpoint(folder: str) -> str | None:
     return os.path.join(folder, tag.read_text().strip()) if tag.is_file() else None
 
 
-def _check_heads(cfg: CfgNode) -> None:
-    on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
+def _heads(cfg: CfgNode) -> Iterator[tuple[str, CfgNode, _Head]]:
+    """Key, config and class names of each head that the model has."""
     absent = {
         "ROI_MASK_HEAD": not cfg.MODEL.MASK_ON,
         "ROI_KEYPOINT_HEAD": not cfg.MODEL.KEYPOINT_ON,
     }
     for name, head in _HEADS.items():
-        key, node = f"MODEL.{name}", cfg.MODEL[name]
-        if absent.get(name):
-            continue
+        if not absent.get(name):
+            yield f"MODEL.{name}", cfg.MODEL[name], head
+
+
+def _check_heads(cfg: CfgNode) -> None:
+    for key, node, head in _heads(cfg):
         if head.ours == node.NAME:
             _check_choice(f"{key}.NORM", node.NORM, norm_names())
         elif head.stock == node.NAME and not _stock_can(head, node.NORM):
             raise ConfigError(
                 f'{key}.NORM is "{node.NORM}", which {key}.NAME "{node.NAME}" does not have; '
-                f'set {key}.NAME "{head.ours}".'
-            )
-        elif head.stock == node.NAME and node.NORM == "SyncBN" and on_cpu:
-            raise ConfigError(
-                f'{key}.NORM is "SyncBN", and {key}.NAME "{node.NAME}" cannot do that on a CPU; '
                 f'set {key}.NAME "{head.ours}".'
             )
     box_head = cfg.MODEL.ROI_BOX_HEAD
@@ -126,6 +128,18 @@ def _check_heads(cfg: CfgNode) -> None:
             "would be ignored. Use StandardROIHeads or CascadeROIHeads with FPN; to change the "
             "layers of Res5ROIHeads, convert them after the model is built (BN.CONVERT)."
         )
+
+
+def _check_synchronization(cfg: CfgNode) -> None:
+    """Refuse what torch's SyncBatchNorm cannot do; inference with it, and one process, it can."""
+    if torch.device(cfg.MODEL.DEVICE).type != "cpu":
+        return
+    for key, node, head in _heads(cfg):
+        if head.stock == node.NAME and node.NORM == "SyncBN":
+            raise ConfigError(
+                f'{key}.NORM is "SyncBN", and {key}.NAME "{node.NAME}" cannot do that on a CPU; '
+                f'set {key}.NAME "{head.ours}".'
+            )
 
 
 def _stock_can(head: _Head, norm: str) -> bool:
