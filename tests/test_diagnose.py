@@ -102,6 +102,26 @@ def test_distances_are_those_of_the_formula(batches: list[list[Tensor]]) -> None
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_frozen_layers_after_the_last_trained_one_see_all_batches(
+    batches: list[list[Tensor]],
+) -> None:
+    class FrozenHead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.head = nn.BatchNorm2d(3), FrozenBatchNorm2d(3)
+
+        def forward(self, batch: list[Tensor]) -> None:
+            x = torch.stack(batch)
+            self.backbone(x)
+            self.head(x)
+
+    head = inspect_layers(FrozenHead().train(), batches, len(batches))[1]
+    together = torch.cat([values(batch) for batch in batches], dim=1)
+    expected = distance(together, torch.zeros(3), torch.ones(3))
+    assert head.ema_to_precise.value == pytest.approx(expected, rel=1e-5)
+    assert math.isfinite(head.ema_to_precise.low)
+
+
 def test_interval_of_a_distance_covers_the_truth() -> None:
     """Statistics of the distribution itself: their distance from its samples is noise alone."""
     covered = 0

@@ -143,6 +143,7 @@ def inspect_layers(
                 num_batches,
                 rois=rois,
                 allow_fewer=True,
+                whole_forwards=any(isinstance(layer, _FROZEN) for layer in layers.values()),
                 listener=seen.add_batch,
             )
         else:

@@ -58,6 +58,7 @@ def collect_statistics(
     tolerance: float = 0.0,
     rois: str = "training",
     allow_fewer: bool = False,
+    whole_forwards: bool = False,
     listener: Callable[[str, GroupStatistics], None] | None = None,
 ) -> dict[str, PopulationStatistics]:
     """Estimate population statistics from forward passes.
@@ -89,6 +90,8 @@ def collect_statistics(
         allow_fewer: whether to use what there is where ``batches`` end early. Each worker then
             uses all of its own, unless layers share statistics over the workers: these need every
             worker, so all stop with the first.
+        whole_forwards: whether each forward pass runs to its end, and not only as far as the last
+            layer that takes part.
         listener: called with the name of a layer and the mini-batch statistics of its groups, at
             each call of the layer.
 
@@ -108,7 +111,9 @@ def collect_statistics(
             f"No BatchNorm layer in training mode matches {list(modules)}: there are no statistics "
             "to estimate. Frozen layers and those of a model in eval mode do not take part."
         )
-    collector = _Collector(layers, ESTIMATORS[estimator], num_batches, listener)
+    collector = _Collector(
+        layers, ESTIMATORS[estimator], num_batches, whole_forwards=whole_forwards, listener=listener
+    )
     with untouched(model), collector.observing():
         if rois == "inference":
             model.eval()
@@ -217,11 +222,14 @@ class _Collector:
         layers: dict[str, nn.Module],
         estimator: Estimator,
         num_batches: int,
+        *,
+        whole_forwards: bool,
         listener: Callable[[str, GroupStatistics], None] | None,
     ) -> None:
         self.batches = self.images = 0
         self._estimator = estimator
         self._num_batches = num_batches
+        self._whole_forwards = whole_forwards
         self._listener = listener
         self._ended = False
         self._start = self._logged = time.monotonic()
@@ -273,7 +281,7 @@ class _Collector:
             yield batch
 
     def run(self, model: nn.Module, batch: Any) -> None:
-        """One forward pass; once all layers were called, no further than the last of them."""
+        """One forward pass; unless it is to be whole, no further than the last of the layers."""
         self._batch, self._calls = {}, []
         try:
             model(batch)
@@ -304,7 +312,7 @@ class _Collector:
             kept = self._merge([self._batch[name], kept])
         self._batch[name] = kept
         self._calls.append(name)
-        if self._calls == self._all_calls:
+        if self._calls == self._all_calls and not self._whole_forwards:
             raise _Enough
 
     def _add(self, batch: Tensor) -> None:
