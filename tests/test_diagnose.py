@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from browser import open_browser, open_page
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d
@@ -213,8 +214,9 @@ CAUSES = {
 
 def examined(**changes: Any) -> Examined:
     cfg = config(*changes.pop("more", ()))
-    given = {"layers": [layer()], "probe": None, "workers": 1, "averages_workers": True}
-    return Examined(cfg, **(given | changes))
+    given = {"layers": [layer()], "probe": None, "workers": 1, "averages_workers": True} | changes
+    others = given.pop("others", [])
+    return Examined(cfg, norm_layers=[*(x.name for x in given["layers"]), *others], **given)
 
 
 @pytest.mark.parametrize("title", CAUSES)
@@ -243,8 +245,25 @@ def test_the_fix_of_a_leak_builds_the_head_it_names(tmp_path: Path) -> None:
         file = tmp_path / "fixed.yaml"
         file.write_text(f'_BASE_: "{CONFIG}"\n{conclude(leaky)[0][0].yaml}')
         head = Trainer.build_model(config(config_file=file)).roi_heads.box_head
-        kinds = {type(m.partition).__name__ for m in head.modules() if hasattr(m, "partition")}
-        assert kinds == ({"ShufflePartition"} if norm else set())
+        assert partitions(head) == ({"ShufflePartition"} if norm else set())
+
+
+def partitions(head: nn.Module) -> set[str]:
+    return {type(m.partition).__name__ for m in head.modules() if hasattr(m, "partition")}
+
+
+@pytest.mark.parametrize("glob", ["*.norm", "roi_heads.box_head.conv*", "roi_heads"])
+def test_the_fix_of_a_converted_head_comes_after_its_conversion(glob: str, tmp_path: Path) -> None:
+    there = f'_BASE_: "{CONFIG}"\nBN: {{CONVERT: [["{glob}", "BN"]]}}\n'
+    (tmp_path / "there.yaml").write_text(there)
+    box = [layer(f"roi_heads.box_head.conv{k}.norm") for k in range(1, 5)]
+    leaky = examined(
+        more=("BN.CONVERT", [[glob, "BN"]]), probe=probe(20, 30), workers=2, layers=box
+    )
+    file = tmp_path / "fixed.yaml"
+    file.write_text(f"_BASE_: there.yaml\n{conclude(leaky)[0][0].yaml}")
+    head = Trainer.build_model(config(config_file=file)).roi_heads.box_head
+    assert partitions(head) == {"ShufflePartition"}
 
 
 def test_small_things_are_no_findings() -> None:
@@ -278,6 +297,34 @@ def test_globs_take_no_other_layer() -> None:
     frozen = [layer(f"backbone.res2.{k}.norm", affine_frozen=k == 0) for k in range(2)]
     (found,), _ = conclude(examined(layers=[*frozen, layer()]))
     assert found.fix == {"BN": {"CONVERT": [["backbone.res2.0", "FrozenBN"]]}}
+
+
+def test_globs_take_no_layer_of_another_kind() -> None:
+    frozen = [layer("backbone.bottom_up.res2.norm", trains=False, is_initial=True)]
+    others = ["backbone.fpn_output2.norm"]
+    (found,), _ = conclude(examined(layers=frozen, others=others))
+    assert found.fix["BN"] == {"CONVERT": [["backbone.bottom_up", "SyncBN"]]}
+
+
+def test_conversions_of_several_findings_are_given_as_one_list(tmp_path: Path) -> None:
+    both = [
+        layer("backbone.res2.norm", trains=False, is_initial=True),
+        layer("backbone.res3.norm", affine_frozen=True),
+    ]
+    found, notes = conclude(examined(layers=[*both, layer()]))
+    lists = [finding.fix["BN"]["CONVERT"] for finding in found]
+    assert lists == [[["backbone.res2", "SyncBN"]], [["backbone.res3", "FrozenBN"]]]
+    (note,) = (note for note in notes if "BN.CONVERT" in note)
+    assert yaml.safe_load(note.partition(" it is ")[2]) == [*lists[1], *lists[0]]
+    found, notes = conclude(examined(layers=both[:1]))
+    assert not any("BN.CONVERT" in note for note in notes)
+
+
+def test_group_norm_only_where_its_groups_divide_the_channels() -> None:
+    for channels, norm in ((256, "GN"), (80, "LN")):
+        apart = layer(BACKBONE, channels=channels, level_batches=True, levels_apart=estimate(1.0))
+        (found,), _ = conclude(examined(layers=[apart]))
+        assert found.fix == {"BN": {"CONVERT": [["backbone", norm]]}}
 
 
 @pytest.fixture(scope="module")
@@ -445,7 +492,7 @@ def test_stock_config_of_the_model_zoo(data: Path, tmp_path: Path) -> None:
         *("MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.NUM_CLASSES", 4),
         *("MODEL.ROI_BOX_HEAD.NORM", "BN", "MODEL.ROI_BOX_HEAD.NUM_CONV", 1),
         *("INPUT.MIN_SIZE_TRAIN", (128,), "SOLVER.IMS_PER_BATCH", 2),
-        *("DATALOADER.NUM_WORKERS", 0),
+        *("DATALOADER.NUM_WORKERS", 0, "MODEL.FPN.NORM", "GN"),
     )
     name = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
     flags = ("--num-gpus", 2)
@@ -454,6 +501,7 @@ def test_stock_config_of_the_model_zoo(data: Path, tmp_path: Path) -> None:
     titles = " ".join(finding["title"] for finding in found["findings"])
     assert "53 layers are frozen as they were built" in titles
     assert "statistics of 1 layer were never updated" in titles
+    assert any("[backbone.bottom_up, SyncBN]" in finding["yaml"] for finding in found["findings"])
     assert len(found["layers"]) == 54
 
 

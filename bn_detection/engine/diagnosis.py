@@ -20,6 +20,7 @@ from torch import nn
 from ..config import ConfigError
 from ..data import SinglePassLoader, check_dataset_files, report_unreadable
 from ..files import make_folder, replacing
+from ..heads import norm_layers
 from ..leakage import LeakageReport, check_probe, images_per_worker, measure_leakage
 from ..leakage.diagnosis import Diagnosis
 from ..leakage.findings import Examined, conclude
@@ -119,6 +120,7 @@ def diagnose(args: argparse.Namespace) -> int:
     examined = Examined(
         cfg,
         layers,
+        [name for name, _ in norm_layers(model)],
         None if report is None else report.to_json(),
         workers,
         _uses_project(args.config_file) or any(layer.is_ours for layer in layers),

@@ -2,7 +2,7 @@
 
 from .backbone import SmallConvBackbone, SmallPyramidBackbone
 from .configure import configure_model
-from .convert import convert_norm, to_plain_batch_norm
+from .convert import convert_norm, norm_layers, to_plain_batch_norm
 from .dense import BNFCOSHead, BNRetinaNet, BNRetinaNetHead, level_options
 from .norms import SHUFFLE_MODES, BNOptions, NormFactory, norm_names
 from .roi_heads import BNConvDeconvKeypointHead, BNConvFCHead, BNConvUpsampleHead
@@ -22,6 +22,7 @@ __all__ = [
     "configure_model",
     "convert_norm",
     "level_options",
+    "norm_layers",
     "norm_names",
     "to_plain_batch_norm",
 ]

@@ -72,7 +72,7 @@ def convert_norm(
     for glob in globs:
         found = False
         for name, module in _outermost(model, glob):
-            layers = _norm_layers(module, name)
+            layers = norm_layers(module, name)
             if not layers:
                 continue
             found = True
@@ -205,7 +205,8 @@ def _outermost(model: nn.Module, glob: str) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
 
 
-def _norm_layers(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
+def norm_layers(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
+    """What :func:`convert_norm` replaces below a module: each layer by each of its names."""
     return [
         (name, layer)
         for name, layer in module.named_modules(prefix=prefix, remove_duplicate=False)

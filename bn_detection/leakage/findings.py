@@ -77,6 +77,7 @@ class Examined:
     Attributes:
         cfg: the model's config.
         layers: of :func:`bn_detection.leakage.layers.inspect_layers`.
+        norm_layers: names of all layers that BN.CONVERT can replace, GroupNorm and others too.
         probe: the JSON of a :class:`bn_detection.leakage.LeakageReport`, or None.
         workers: of the training.
         averages_workers: whether the training averages running statistics over the workers.
@@ -84,6 +85,7 @@ class Examined:
 
     cfg: CfgNode
     layers: Sequence[LayerReport]
+    norm_layers: Sequence[str]
     probe: Mapping[str, Any] | None
     workers: int
     averages_workers: bool
@@ -113,7 +115,26 @@ def conclude(examined: Examined) -> tuple[list[Finding], list[str]]:
     found = [finding for rule in _RULES for finding in rule(examined, notes)]
     found += _inconsistency(examined, found)
     found.sort(key=lambda finding: math.inf if finding.cost is None else -finding.cost.value)
-    return found, notes
+    return found, notes + _lists_together(found)
+
+
+def _lists_together(found: Sequence[Finding]) -> list[str]:
+    """A config has one list for a key: that of several findings, where theirs differ."""
+    notes = []
+    for key in ("CONVERT", "MODULES"):
+        nodes = {k: finding.fix.get("BN", {}) for k, finding in enumerate(found, 1)}
+        lists = {k: node[key] for k, node in nodes.items() if key in node}
+        together: list[Any] = []
+        for entries in reversed(lists.values()):  # a later conversion wins, so the worst is last
+            together += [entry for entry in entries if entry not in together]
+        if any(entries != together for entries in lists.values()):
+            numbers = " and ".join(map(str, lists))
+            value = yaml.safe_dump(together, default_flow_style=True, width=math.inf).strip()
+            notes.append(
+                f"A config has one list BN.{key}, and the findings {numbers} give one each. For "
+                f"all of them it is {value}"
+            )
+    return notes
 
 
 def _leak(examined: Examined, notes: list[str]) -> Iterator[Finding]:
@@ -278,7 +299,8 @@ def _levels(examined: Examined, notes: list[str]) -> Iterator[Finding]:
     apart = [x for x in examined.layers if x.levels_apart and x.levels_apart.low > _FAR]
     separate = [layer for layer in apart if layer.level_batches]
     if separate:
-        fix: dict[str, Any] = {"BN": {"CONVERT": _convert(examined, separate, "GN")}}
+        norm = _without_batch(separate)
+        fix: dict[str, Any] = {"BN": {"CONVERT": _convert(examined, separate, norm)}}
         if cfg.MODEL.META_ARCHITECTURE in ("RetinaNet", "BNRetinaNet"):
             fix = {
                 "MODEL": {"META_ARCHITECTURE": "BNRetinaNet"},
@@ -484,15 +506,24 @@ def _head_fix(examined: Examined, layers: Sequence[LayerReport]) -> dict[str, An
     """Another norm for a head: by its NORM where it is one that has it, else by conversion."""
     # One worker has nobody to shuffle with.
     shuffles = any(layer.sharing in ("shuffle", "world") for layer in layers)
-    divisible = all(layer.channels % _GN_GROUPS == 0 for layer in layers)
-    without_batch = "GN" if divisible else "LN"
-    norm = without_batch if shuffles or examined.workers == 1 else "ShuffleBN"
+    norm = _without_batch(layers) if shuffles or examined.workers == 1 else "ShuffleBN"
+    globs = [glob for glob, _ in examined.cfg.BN.CONVERT]
+    converted = any(matches(name, globs) for layer in layers for name in _lineage(layer.name))
     for prefix, (key, ours, stock) in _HEADS.items():
-        converted = any(matches(prefix, [f"{glob}*"]) for glob, _ in examined.cfg.BN.CONVERT)
         has_norm = examined.cfg.MODEL[key].NAME in (ours, stock) and not converted
         if has_norm and all(layer.name.startswith(prefix) for layer in layers):
             return {"MODEL": {key: {"NAME": ours, "NORM": norm}}}
     return {"BN": {"CONVERT": _convert(examined, layers, norm)}}
+
+
+def _without_batch(layers: Sequence[LayerReport]) -> str:
+    return "GN" if all(layer.channels % _GN_GROUPS == 0 for layer in layers) else "LN"
+
+
+def _lineage(name: str) -> list[str]:
+    """The names of the modules that a layer is in, from the model itself to the layer."""
+    parts = name.split(".")
+    return [".".join(parts[:k]) for k in range(len(parts) + 1)]
 
 
 def _convert(examined: Examined, layers: Sequence[LayerReport], norm: str) -> list[list[str]]:
@@ -502,18 +533,17 @@ def _convert(examined: Examined, layers: Sequence[LayerReport], norm: str) -> li
 
 
 def _globs(examined: Examined, layers: Sequence[LayerReport]) -> list[str]:
-    """The names of modules whose BN layers are these and no others, as short as can be."""
+    """The names of modules whose norm layers are these and no others, as short as can be."""
     names = set(_names(layers))
-    others = [layer.name for layer in examined.layers if layer.name not in names]
+    others = [f"{other}." for other in examined.norm_layers if other not in names]
     found: dict[str, None] = {}
     for name in _names(layers):
-        parts = name.split(".")
-        prefixes = [".".join(parts[:k]) for k in range(1, len(parts) + 1)]
-        found[
-            next(
-                p for p in prefixes if not any(f"{other}.".startswith(f"{p}.") for other in others)
-            )
-        ] = None
+        alone = (
+            part
+            for part in _lineage(name)[1:]
+            if not any(other.startswith(f"{part}.") for other in others)
+        )
+        found[next(alone)] = None
     return list(found)
 
 
