@@ -127,6 +127,15 @@ def test_dials_of_a_registered_dataset(tmp_path: Path) -> None:
             MetadataCatalog.remove(name)
 
 
+@pytest.mark.parametrize("file", ["nowhere.json", "http://127.0.0.1:9/nowhere.json"])
+def test_no_dials_of_an_annotation_file_that_cannot_be_opened(file: str) -> None:
+    MetadataCatalog.get("limits_nowhere").json_file = file
+    try:
+        assert leaky_shapes_config("limits_nowhere") is None
+    finally:
+        MetadataCatalog.remove("limits_nowhere")
+
+
 def test_comparison_is_in_points() -> None:
     compared = compare_with_limit(NO_TEXTURE, np.array([60.0, *np.linspace(50, 70, 201)]), 9)
     assert (compared.cue, compared.method) == ("leaky cue", "closed form")

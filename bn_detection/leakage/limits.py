@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from detectron2.data import MetadataCatalog
+from detectron2.utils.file_io import PathManager
 
 from ..config import ConfigError
 from ..data import LeakyShapesConfig, draw_shape, honest_accuracy_limit
@@ -150,16 +151,20 @@ def _largest_posterior(
 def leaky_shapes_config(dataset_name: str) -> LeakyShapesConfig | None:
     """The dials that a registered dataset was made with, or None if it is not LeakyShapes.
 
-    A corrupted dataset is none: what corrupts an image can mix its objects.
+    A corrupted dataset is none: what corrupts an image can mix its objects. Nor is one whose
+    annotation file, which not every loader of a dataset reads, cannot be opened.
     """
     json_file = MetadataCatalog.get(dataset_name).get("json_file")
     if json_file is None or "@" in dataset_name:
         return None
-    with open(json_file, encoding="utf-8") as file:
-        if '"leaky_shapes"' not in file.read(_HEAD):
-            return None
-        file.seek(0)
-        dials = json.load(file)["info"]["leaky_shapes"]["config"]
+    try:
+        with open(PathManager.get_local_path(json_file), encoding="utf-8") as file:
+            if '"leaky_shapes"' not in file.read(_HEAD):
+                return None
+            file.seek(0)
+            dials = json.load(file)["info"]["leaky_shapes"]["config"]
+    except OSError:
+        return None
     return LeakyShapesConfig(
         **{key: tuple(value) if isinstance(value, list) else value for key, value in dials.items()}
     )
