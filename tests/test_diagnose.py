@@ -177,7 +177,8 @@ def probe(leakage: float, inconsistency: float, half: float = 1.0) -> dict[str, 
         one = estimate(value, half).to_json()
         return {"accuracy": one, "box_ap": one, "mask_accuracy": one, "mask_ap": one}
 
-    return {"leakage": metrics(leakage), "inconsistency": metrics(inconsistency)}
+    measured = {"leakage": metrics(leakage), "inconsistency": metrics(inconsistency)}
+    return {**measured, "images_per_worker": 2}
 
 
 BACKBONE = "backbone.res2.0.conv1.norm"
@@ -318,6 +319,93 @@ def test_conversions_of_several_findings_are_given_as_one_list(tmp_path: Path) -
     assert yaml.safe_load(note.partition(" it is ")[2]) == [*lists[1], *lists[0]]
     found, notes = conclude(examined(layers=both[:1]))
     assert not any("BN.CONVERT" in note for note in notes)
+
+
+class FiveLevels(nn.Module):
+    """A layer of torch for five levels that differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3, momentum=None)
+
+    def forward(self, batch: list[Tensor]) -> None:
+        for level in range(5):
+            self.norm(torch.stack(batch) + 4 * level)
+
+
+def test_levels_that_are_normalized_apart_are_not_stale(batches: list[list[Tensor]]) -> None:
+    model = FiveLevels().train()
+    for batch in batches:
+        model(batch)  # the EMA is up to date
+    reports = inspect_layers(model, batches, len(batches))
+    assert reports[0].ema_to_precise.low > 0.25
+    found, _ = conclude(examined(layers=reports))
+    assert ["each FPN level by itself" in finding.title for finding in found] == [True]
+
+
+def test_one_batch_gives_a_note_and_no_finding_by_distance(batches: list[list[Tensor]]) -> None:
+    model = Toy().train()
+    model.once.running_mean.fill_(50.0)
+    model.frozen.running_mean.fill_(50.0)
+    reports = inspect_layers(model, batches[:1], 1)
+    found, notes = conclude(examined(layers=reports, workers=2, averages_workers=False))
+    assert ["never updated" in finding.title for finding in found] == [True]
+    assert "nan" not in " ".join(found[0].evidence)
+    (note,) = (note for note in notes if "without intervals" in note)
+    assert "3 layers" in note
+    assert "(frozen, once, shared)" in note
+
+
+def test_no_cost_of_layers_that_the_probe_does_not_see() -> None:
+    for name, cost in (("box_predictor.norm", 25), ("mask_head.mask_fcn1.norm", None)):
+        far = layer(f"roi_heads.{name}", ema_to_precise=estimate(0.6))
+        (found,), _ = conclude(examined(probe=probe(0, 25), layers=[layer(), far]))
+        assert (found.cost and round(found.cost.value)) == cost
+
+
+UNUSED = {
+    "far from those of the data": {"layers": [layer(ema_to_precise=estimate(0.6))]},
+    "were never updated": {"layers": [layer(is_initial=True)]},
+    "levels": {"layers": [layer(level_batches=True, levels_apart=estimate(1.0))]},
+    "workers": {
+        "workers": 2,
+        "averages_workers": False,
+        "layers": [layer(batch_to_precise=estimate(0.6))],
+    },
+    "inconsistency": {"probe": probe(0, 10)},
+}
+
+
+@pytest.mark.parametrize("cause", UNUSED)
+def test_population_statistics_that_inference_does_not_use_hurt_nobody(cause: str) -> None:
+    assert len(conclude(examined(**UNUSED[cause]))[0]) == 1
+    cured = ("BN.INFERENCE", "batch")
+    found, notes = conclude(examined(**UNUSED[cause], more=cured))
+    assert found == []
+    if cause in ("far from those of the data", "were never updated"):
+        assert any(cause in note and "BN.INFERENCE batch" in note for note in notes)
+    elsewhere = (*cured, "BN.MODULES", ("backbone.*",))
+    assert len(conclude(examined(**UNUSED[cause], more=elsewhere))[0]) == 1
+
+
+def test_a_leak_costs_nothing_where_inference_uses_the_batch() -> None:
+    (found,), _ = conclude(examined(probe=probe(20, 30), more=("BN.INFERENCE", "batch")))
+    assert found.cost is None
+    assert "population" not in " ".join(found.evidence)
+
+
+def test_leakage_of_batches_of_one_image_is_that_of_another_mode() -> None:
+    for sharing, told in (("image", True), ("worker", False)):
+        _, notes = conclude(examined(probe=probe(0, 0), layers=[layer(sharing=sharing)]))
+        assert any("own_image" in note for note in notes) == told
+
+
+def test_weights_that_do_not_decay_are_not_blamed() -> None:
+    dead = layer(dead=tuple(range(32)), dead_weights=tuple(range(32)))
+    for decay, key in ((1e-4, "WEIGHT_DECAY_NORM"), (0.0, "BASE_LR")):
+        more = ("SOLVER.WEIGHT_DECAY_NORM", decay)
+        (found,), _ = conclude(examined(layers=[dead], more=more))
+        assert list(found.fix["SOLVER"]) == [key]
 
 
 def test_group_norm_only_where_its_groups_divide_the_channels() -> None:

@@ -29,6 +29,8 @@ _HEADS = {
     "roi_heads.box_head.": ("ROI_BOX_HEAD", "BNConvFCHead", "FastRCNNConvFCHead"),
     "roi_heads.mask_head.": ("ROI_MASK_HEAD", "BNConvUpsampleHead", "MaskRCNNConvUpsampleHead"),
 }
+# What the probe's box AP depends on.
+_BOX = ("roi_heads.box_head.", "roi_heads.box_predictor.")
 _GN_GROUPS = 32
 
 
@@ -95,10 +97,18 @@ class Examined:
         """The layers that normalize with mini-batches in training."""
         return [layer for layer in self.layers if layer.trains]
 
+    def uses_population(self, layer: LayerReport) -> bool:
+        """Whether inference normalizes with the population statistics of a layer."""
+        return self.cfg.BN.INFERENCE != "batch" or not matches(layer.name, self.cfg.BN.MODULES)
+
     def probed(self, kind: str, metric: str) -> Estimate | None:
-        """``leakage`` or ``inconsistency`` in a metric, where it was measured."""
+        """``leakage`` or ``inconsistency`` in a metric, where it was measured and matters."""
         record = (self.probe or {}).get(kind, {}).get(metric)
         if record is None or any(record[key] is None for key in ("value", "low", "high")):
+            return None
+        if kind == "inconsistency" and not all(
+            self.uses_population(layer) for layer in self.trained if layer.rows == "RoIs"
+        ):
             return None
         return Estimate(**record)
 
@@ -144,7 +154,16 @@ def _leak(examined: Examined, notes: list[str]) -> Iterator[Finding]:
     ):
         layers = [layer for layer in examined.trained if layer.name.startswith(prefix)]
         leakage = examined.probed("leakage", metric)
-        if leakage is None or not layers or not _exceeds(leakage, _POINTS):
+        if leakage is None or not layers:
+            continue
+        images = examined.probe["images_per_worker"]
+        if images > 1 and any(layer.sharing == "image" for layer in layers):
+            notes.append(
+                f"The {head} head was trained with batches of one image. Leakage and inconsistency "
+                f"are those of batches of {images} images (own_worker); compare own_image with the "
+                "other modes."
+            )
+        if not _exceeds(leakage, _POINTS):
             continue
         evidence = [
             f"{_METRICS[metric]}: {_points(leakage)} points better with a batch of its own images "
@@ -179,7 +198,14 @@ def _leak(examined: Examined, notes: list[str]) -> Iterator[Finding]:
 
 def _stale(examined: Examined, notes: list[str]) -> Iterator[Finding]:
     cfg = examined.cfg
-    measured = [x for x in examined.trained if x.ema_to_precise is not None and not x.is_initial]
+    # Precise statistics do not mend one population for levels that are normalized apart.
+    measured = [
+        layer
+        for layer in examined.trained
+        if layer.ema_to_precise is not None
+        and not layer.is_initial
+        and not (layer.level_batches and _levels_differ(layer))
+    ]
     if cfg.BN.FREEZE.LAST_ITERS is not None:
         globs = list(cfg.BN.FREEZE.MODULES or cfg.BN.MODULES)
         frozen = [layer for layer in measured if matches(layer.name, globs)]
@@ -188,12 +214,14 @@ def _stale(examined: Examined, notes: list[str]) -> Iterator[Finding]:
             "it is no matter how far these are from those of the data."
         )
         measured = [layer for layer in measured if layer not in frozen]
-    far = _by_distance(layer for layer in measured if layer.ema_to_precise.low > _FAR)
+    far = [layer for layer in measured if layer.ema_to_precise.low > _FAR]
+    far = _by_distance(_used(examined, far, "are far from those of the data", notes))
     if not far:
         return
     own, shuffled = (examined.probed(k, "box_ap") for k in ("inconsistency", "leakage"))
     cost = None
-    if own is not None and shuffled is not None:
+    in_box_head = any(layer.name.startswith(_BOX) for layer in far)
+    if in_box_head and own is not None and shuffled is not None:
         # Shuffled minus population; the interval is that of independent ones, so it is too wide.
         value = own.value - shuffled.value
         half = math.hypot(own.high - own.low, shuffled.high - shuffled.low) / 2
@@ -211,6 +239,7 @@ def _stale(examined: Examined, notes: list[str]) -> Iterator[Finding]:
 
 def _never_updated(examined: Examined, notes: list[str]) -> Iterator[Finding]:
     initial = [layer for layer in examined.trained if layer.is_initial]
+    initial = _used(examined, initial, "were never updated", notes)
     if initial:
         still = [layer.name for layer in initial if layer.momentum == 0]
         evidence = ["all running means are 0 and all running variances 1"]
@@ -294,10 +323,23 @@ def _frozen(examined: Examined, notes: list[str]) -> Iterator[Finding]:
         )
 
 
+def _used(
+    examined: Examined, layers: Sequence[LayerReport], what: str, notes: list[str]
+) -> list[LayerReport]:
+    """The layers whose population statistics inference uses; the others become a note."""
+    unused = [layer for layer in layers if not examined.uses_population(layer)]
+    if unused:
+        notes.append(
+            f"The running statistics of {_count(unused)} {what}; with BN.INFERENCE batch they are "
+            f"not used ({_list(unused)})."
+        )
+    return [layer for layer in layers if layer not in unused]
+
+
 def _levels(examined: Examined, notes: list[str]) -> Iterator[Finding]:
     cfg = examined.cfg
-    apart = [x for x in examined.layers if x.levels_apart and x.levels_apart.low > _FAR]
-    separate = [layer for layer in apart if layer.level_batches]
+    apart = [layer for layer in examined.layers if _levels_differ(layer)]
+    separate = [x for x in apart if x.level_batches and examined.uses_population(x)]
     if separate:
         norm = _without_batch(separate)
         fix: dict[str, Any] = {"BN": {"CONVERT": _convert(examined, separate, norm)}}
@@ -330,7 +372,9 @@ def _ranks(examined: Examined, notes: list[str]) -> Iterator[Finding]:
     layers = [
         layer
         for layer in examined.trained
-        if layer.sharing.split(",")[0] != "world" and layer.batch_to_precise is not None
+        if layer.sharing.split(",")[0] != "world"
+        and _has_interval(layer.batch_to_precise)
+        and examined.uses_population(layer)
     ]
     if examined.workers == 1 or not layers:
         return
@@ -385,8 +429,10 @@ def _dead(examined: Examined, notes: list[str]) -> Iterator[Finding]:
     many = [x for x in dead if x.trains and len(x.dead) >= _DEAD_SHARE * x.channels]
     if many:
         without_weight = sum(len(layer.dead_weights) for layer in many)
-        by_decay = 2 * without_weight >= sum(len(layer.dead) for layer in many)
         solver = examined.cfg.SOLVER
+        by_decay = solver.WEIGHT_DECAY_NORM > 0 and 2 * without_weight >= sum(
+            len(layer.dead) for layer in many
+        )
         yield Finding(
             f"A large part of the channels of {_count(many)} is dead.",
             tuple(
@@ -419,10 +465,17 @@ def _small_batches(examined: Examined, notes: list[str]) -> Iterator[Finding]:
             f"{_count(single)} normalize the feature map of a single image in training "
             f"({_list(single)})."
         )
+    measured = [layer for layer in examined.layers if layer.ema_to_precise is not None]
+    once = [layer for layer in measured if not _has_interval(layer.ema_to_precise)]
+    if once:
+        notes.append(
+            f"{_count(once)} were measured on one batch, which gives distances without intervals: "
+            f"no finding can rest on them ({_list(once)})."
+        )
     yield from ()
 
 
-_RULES = (_leak, _stale, _levels, _never_updated, _frozen, _still, _ranks, _dead, _small_batches)
+_RULES = (_leak, _levels, _stale, _never_updated, _frozen, _still, _ranks, _dead, _small_batches)
 
 
 def _inconsistency(examined: Examined, found: Sequence[Finding]) -> list[Finding]:
@@ -457,6 +510,10 @@ def _exceeds(estimate: Estimate, margin: float) -> bool:
     return estimate.low > 0 and estimate.value >= margin
 
 
+def _has_interval(estimate: Estimate | None) -> bool:
+    return estimate is not None and math.isfinite(estimate.low)
+
+
 def _negative(estimate: Estimate) -> Estimate:
     return Estimate(-estimate.value, -estimate.high, -estimate.low)
 
@@ -466,8 +523,8 @@ def _scaled(estimate: Estimate, factor: float) -> Estimate:
 
 
 def _points(estimate: Estimate, decimals: int = 1) -> str:
-    low, high = f"{estimate.low:.{decimals}f}", f"{estimate.high:.{decimals}f}"
-    return f"{estimate.value:.{decimals}f} [{low}, {high}]"
+    value, low, high = (f"{number:.{decimals}f}" for number in vars(estimate).values())
+    return f"{value} [{low}, {high}]" if _has_interval(estimate) else value
 
 
 def _distances(layers: Sequence[LayerReport], attribute: str) -> tuple[str, ...]:
@@ -483,6 +540,10 @@ def _by_distance(layers: Iterator[LayerReport] | Sequence[LayerReport]) -> list[
         return -1.0 if layer.ema_to_precise is None else layer.ema_to_precise.value
 
     return sorted(layers, key=distance, reverse=True)
+
+
+def _levels_differ(layer: LayerReport) -> bool:
+    return layer.levels_apart is not None and layer.levels_apart.low > _FAR
 
 
 def _levels_apart(layer: LayerReport) -> float:
