@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import re
 import runpy
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.utils.events import EventStorage
 from hypothesis import given, settings
@@ -439,6 +440,19 @@ def test_images_per_worker(data: Path) -> None:
         images_per_worker(cfg, 2)
 
 
+def test_images_per_worker_are_those_of_the_reference_world_size(data: Path) -> None:
+    cfg = config(data, "BN.LEAKAGE.IMAGES_PER_WORKER", 0, "SOLVER.IMS_PER_BATCH", 16)
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 8
+    for workers in (1, 4, 8):
+        scaled = Trainer.auto_scale_workers(cfg, workers)
+        assert images_per_worker(cfg, workers) == scaled.SOLVER.IMS_PER_BATCH / workers == 2
+    cfg.BN.VIRTUAL_WORKERS = 8
+    assert images_per_worker(cfg, 4) == 1
+    cfg.BN.VIRTUAL_WORKERS = 16
+    with pytest.raises(ConfigError, match=r"REFERENCE_WORLD_SIZE 8\) cannot .* the 16 workers"):
+        images_per_worker(cfg, 4)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -472,8 +486,44 @@ def test_weights_that_diverged_are_named(data: Path) -> None:
     cfg = config(data)
     model = build(cfg)
     nn.init.constant_(model.roi_heads.box_predictor.cls_score.weight, float("nan"))
-    with pytest.raises(ConfigError, match=r"box head's outputs are not finite .*own_image"):
+    proposals = dict(model.proposal_generator.post_nms_topk)
+    with pytest.raises(ConfigError) as error:  # it keeps what the traceback holds
         measure_leakage(cfg, model)
+    assert model.proposal_generator.post_nms_topk == proposals
+    assert re.search(r"box head's outputs are not finite .*own_image", str(error.value))
+
+
+def test_a_mask_head_is_left_out_where_objects_have_no_masks(data: Path, tmp_path: Path) -> None:
+    content = json.loads((data / "val" / "annotations.json").read_text())
+    del content["annotations"][1]["segmentation"]
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    whole = measure_leakage(config(data), build(config(data)))
+    cfg = config(data)
+    entry = ["probe_boxes", str(tmp_path / "boxes.json"), str(data / "val" / "images")]
+    cfg.DATASETS.COCO_JSON, cfg.DATASETS.TEST = [entry], ("probe_boxes",)
+    register_datasets(cfg)
+    report = measure_leakage(cfg, build(cfg))
+    assert list(report.leakage) == ["accuracy", "loss", "box_ap"]
+    assert report.leakage == {metric: whole.leakage[metric] for metric in report.leakage}
+    assert list(report.left_out) == ["roi_heads.mask_head"]
+    assert "1 of" in report.left_out["roi_heads.mask_head"]
+    assert '"probe_boxes" have no mask' in report.text()
+    assert not whole.left_out
+
+
+def test_a_keypoint_head_is_left_out(data: Path) -> None:
+    more = (
+        *("MODEL.ROI_BOX_HEAD.NORM", "GN", "MODEL.MASK_ON", False, "MODEL.KEYPOINT_ON", True),
+        *("MODEL.ROI_KEYPOINT_HEAD.NAME", "BNConvDeconvKeypointHead"),
+        *("MODEL.ROI_KEYPOINT_HEAD.NORM", "BN", "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", (8,)),
+        *("MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 1),
+    )
+    cfg = config(data, *more)
+    metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
+    metadata.keypoint_names, metadata.keypoint_flip_map = ("centre",), ()
+    report = measure_leakage(cfg, build(cfg))
+    assert report.batch_norms == []
+    assert list(report.left_out) == ["roi_heads.keypoint_head"]
 
 
 def test_the_tool_writes_a_report_and_replaces_none(data: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -48,6 +49,7 @@ logger = logging.getLogger(__name__)
 _LOG_SECONDS = 10.0
 # Own batches are compared with RoIs that come from at least so many workers.
 _LEAST_WORKERS = 4
+_MASK = "roi_heads.mask_head"
 
 Metric = Callable[[np.ndarray], np.ndarray]
 Metrics = dict[str, Estimate]
@@ -70,6 +72,7 @@ class LeakageReport:
         inconsistency: own worker minus population: what it loses at inference.
         limit: on LeakyShapes, the accuracy of "own_worker" against the best possible from one
             object; None elsewhere, and where no RoI sees one object alone.
+        left_out: by name, why a head that has BN was not measured.
     """
 
     dataset: str
@@ -83,6 +86,7 @@ class LeakageReport:
     leakage: Metrics
     inconsistency: Metrics
     limit: LimitComparison | None
+    left_out: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and numbers; null for what there is none of."""
@@ -99,9 +103,11 @@ class LeakageReport:
         )
         if not changed:
             about += (
-                " The heads have no BN layer whose batch could be changed, so all modes are equal: "
-                "nothing leaks through statistics."
+                " The measured heads have no BN layer whose batch could be changed, so all modes "
+                "are equal: nothing leaks through their statistics."
             )
+        for head, reason in self.left_out.items():
+            about += f" Left out: {head}: {reason}"
         about += (
             " AP on the sampler's RoIs, which hold the ground truth boxes, compares the modes; it "
             "is not the detector's AP."
@@ -161,17 +167,18 @@ def measure_leakage(cfg: CfgNode, model: nn.Module, *, num_workers: int = 1) -> 
     check_probe(cfg, model)
     per_worker = images_per_worker(cfg, num_workers)
     records = _choose(cfg, per_worker)
-    box, mask = _box_head(model.roi_heads), _mask_head(model.roi_heads)
-    modes = _distinct_modes(box, mask, per_worker)
-    scores = _Scores(model, modes, per_worker)
-    with untouched(model), torch.no_grad():
+    name, heads = cfg.DATASETS.TEST[0], model.roi_heads
+    left_out = _left_out(heads, name, records)
+    mask = heads.mask_head if _has_bn(heads, "mask") and _MASK not in left_out else None
+    modes = _distinct_modes(_box_head(heads), mask, per_worker)
+    scores = _Scores(model, mask, modes, per_worker)
+    rois = sample_rois(cfg, model, records, masks=mask is not None)
+    with untouched(model), torch.no_grad(), closing(rois):
         model.eval()
-        scores.look_for_limit(cfg.DATASETS.TEST[0])
-        rois = sample_rois(cfg, model, records, masks=mask is not None)
-        name = cfg.DATASETS.TEST[0]
+        scores.look_for_limit(name)
         for window in _windows(rois, len(records), per_worker, cfg.BN.LEAKAGE.SHUFFLED_IMAGES):
             scores.add(window)
-    return scores.report(name, cfg.BN.LEAKAGE.RESAMPLES)
+    return scores.report(name, left_out, cfg.BN.LEAKAGE.RESAMPLES)
 
 
 def check_probe(cfg: CfgNode, model: nn.Module) -> None:
@@ -210,7 +217,8 @@ def check_probe(cfg: CfgNode, model: nn.Module) -> None:
 def images_per_worker(cfg: CfgNode, num_workers: int) -> int:
     """Images whose RoIs share a normalization batch in the mode "own_worker".
 
-    BN.LEAKAGE.IMAGES_PER_WORKER, or SOLVER.IMS_PER_BATCH over the (virtual) workers.
+    BN.LEAKAGE.IMAGES_PER_WORKER, or SOLVER.IMS_PER_BATCH, scaled as Detectron2 does with
+    SOLVER.REFERENCE_WORLD_SIZE, over the (virtual) workers.
 
     Raises:
         ConfigError: the images cannot be divided among the workers.
@@ -218,12 +226,15 @@ def images_per_worker(cfg: CfgNode, num_workers: int) -> int:
     if cfg.BN.LEAKAGE.IMAGES_PER_WORKER:
         return cfg.BN.LEAKAGE.IMAGES_PER_WORKER
     workers, images = cfg.BN.VIRTUAL_WORKERS or num_workers, cfg.SOLVER.IMS_PER_BATCH
-    if images % workers:
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE or num_workers
+    per_worker, left = divmod(images * num_workers, reference * workers)
+    if left:
+        scaled = "" if reference == num_workers else f" (SOLVER.REFERENCE_WORLD_SIZE {reference})"
         raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH {images} cannot be divided among the {workers} workers of the "
-            "training; set BN.LEAKAGE.IMAGES_PER_WORKER."
+            f"SOLVER.IMS_PER_BATCH {images}{scaled} cannot be divided among the {workers} workers "
+            "of the training; set BN.LEAKAGE.IMAGES_PER_WORKER."
         )
-    return images // workers
+    return per_worker
 
 
 def _choose(cfg: CfgNode, per_worker: int) -> list[dict[str, Any]]:
@@ -267,18 +278,26 @@ def _box_head(heads: nn.Module) -> nn.Module:
     return nn.Sequential(heads.box_head, heads.box_predictor)
 
 
-def _mask_head(heads: nn.Module) -> nn.Module | None:
-    """The mask head, if it has a batch to change and RoI features of its own."""
-    if not heads.mask_on or not batch_norms(heads.mask_head):
-        return None
-    if heads.mask_pooler is None or not isinstance(heads.mask_head, BaseMaskRCNNHead):
-        logger.warning(
-            "The mask head is a %s, which the probe leaves out: it measures those on pooled RoI "
-            "features with the layers of Detectron2's BaseMaskRCNNHead.",
-            type(heads.mask_head).__name__,
-        )
-        return None
-    return heads.mask_head
+def _has_bn(heads: nn.Module, kind: str) -> bool:
+    return getattr(heads, f"{kind}_on") and bool(batch_norms(getattr(heads, f"{kind}_head")))
+
+
+def _left_out(heads: nn.Module, dataset: str, records: list[dict[str, Any]]) -> dict[str, str]:
+    """By name, why a head that has BN cannot be measured."""
+    reasons = {}
+    if _has_bn(heads, "mask"):
+        objects = [item for record in records for item in record["annotations"]]
+        without = sum("segmentation" not in item for item in objects)
+        if heads.mask_pooler is None or not isinstance(heads.mask_head, BaseMaskRCNNHead):
+            reasons[_MASK] = (
+                f"it is a {type(heads.mask_head).__name__}, and the probe measures mask heads on "
+                "pooled RoI features with the layers of Detectron2's BaseMaskRCNNHead."
+            )
+        elif without:
+            reasons[_MASK] = f'{without} of {len(objects)} objects of "{dataset}" have no mask.'
+    if _has_bn(heads, "keypoint"):
+        reasons["roi_heads.keypoint_head"] = "the probe measures box and mask heads."
+    return reasons
 
 
 def _distinct_modes(box: nn.Module, mask: nn.Module | None, per_worker: int) -> dict[str, str]:
@@ -306,9 +325,11 @@ class _OfMode:
 class _Scores:
     """Collects the results of each image, and makes the report of them."""
 
-    def __init__(self, model: nn.Module, modes: dict[str, str], per_worker: int) -> None:
+    def __init__(
+        self, model: nn.Module, mask: nn.Module | None, modes: dict[str, str], per_worker: int
+    ) -> None:
         self._model, self._heads = model, model.roi_heads
-        self._box, self._mask = _box_head(self._heads), _mask_head(self._heads)
+        self._box, self._mask = _box_head(self._heads), mask
         self._modes, self._per_worker = modes, per_worker
         self._of = {mode: _OfMode() for mode in dict.fromkeys(modes.values())}
         self._images: list[dict[str, Any]] = []
@@ -320,7 +341,7 @@ class _Scores:
         self._windows = 0
         layers = {"roi_heads.box_head": self._heads.box_head}
         layers["roi_heads.box_predictor"] = self._heads.box_predictor
-        layers |= {"roi_heads.mask_head": self._mask} if self._mask is not None else {}
+        layers |= {_MASK: mask} if mask is not None else {}
         self._names = [
             f"{head}.{n}" for head, module in layers.items() for n in batch_norms(module)
         ]
@@ -426,7 +447,7 @@ class _Scores:
         for image, rois, (instances, of_rows), of_image in everything:
             kept.masks += _mask_detections(image, rois, instances, of_rows, of_image)
 
-    def report(self, dataset: str, resamples: int) -> LeakageReport:
+    def report(self, dataset: str, left_out: dict[str, str], resamples: int) -> LeakageReport:
         if len(self._images) < 2 * self._per_worker:
             raise ConfigError(
                 f'DATASETS.TEST "{dataset}": {len(self._images)} images could be used; with '
@@ -462,6 +483,7 @@ class _Scores:
             leakage=difference("shuffled"),
             inconsistency=difference("population"),
             limit=self._limit(weights),
+            left_out=left_out,
         )
 
     def _limit(self, weights: np.ndarray) -> LimitComparison | None:

@@ -79,12 +79,18 @@ def sample_rois(
         cfg: the config.
         model: a ``GeneralizedRCNN`` with ``StandardROIHeads``.
         records: dataset dicts; images that cannot be read are passed over.
-        masks: whether to pool for the mask head as well.
+        masks: whether to pool for the mask head as well, and load the masks of the objects.
         seed: of the sampler.
     """
     numbered = [{**record, "number": number} for number, record in enumerate(records)]
     name = cfg.DATASETS.TEST[0]
-    mapper = DatasetMapper(cfg, True, augmentations=build_augmentation(cfg, False))
+    mapper = DatasetMapper(
+        cfg,
+        True,
+        augmentations=build_augmentation(cfg, False),
+        use_instance_mask=masks,
+        recompute_boxes=False,  # nothing is cropped
+    )
     loader = build_detection_test_loader(
         numbered,
         mapper=SkipUnreadable(mapper, cfg.OUTPUT_DIR, dataset=name),
