@@ -295,6 +295,11 @@ def refusal(*options: object, arch: str = "BNRetinaNet") -> str:
     return str(info.value)
 
 
+def test_inference_of_the_stock_head_with_syncbn_needs_no_gpu() -> None:
+    cfg = config("MODEL.RETINANET.NORM", "SyncBN", arch="RetinaNet")
+    check_config(cfg, num_workers=2, eval_only=True, resume=False)
+
+
 ROW2 = ["BN.LEVELS.TRAIN", "shared"]
 ROW3 = ["BN.LEVELS.POPULATION", "shared"]
 

@@ -134,6 +134,11 @@ def _check_synchronization(cfg: CfgNode) -> None:
     """Refuse what torch's SyncBatchNorm cannot do; inference with it, and one process, it can."""
     if torch.device(cfg.MODEL.DEVICE).type != "cpu":
         return
+    if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" and cfg.MODEL.RETINANET.NORM == "SyncBN":
+        raise ConfigError(
+            'MODEL.RETINANET.NORM is "SyncBN", and MODEL.META_ARCHITECTURE "RetinaNet" cannot do '
+            'that on a CPU; set MODEL.META_ARCHITECTURE "BNRetinaNet".'
+        )
     for key, node, head in _heads(cfg):
         if head.stock == node.NAME and node.NORM == "SyncBN":
             raise ConfigError(
@@ -239,14 +244,11 @@ def _check_levels(cfg: CfgNode) -> None:
                 f'BN.LEVELS.{key.upper()} is "{getattr(levels, key)}", which '
                 f'MODEL.META_ARCHITECTURE "{arch}" does not know; "BNRetinaNet" does.'
             )
-    if arch == "RetinaNet":
-        on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
-        if not _stock_has(norm) or (norm == "SyncBN" and on_cpu):
-            where = " on a CPU" if _stock_has(norm) else ""
-            raise ConfigError(
-                f'MODEL.RETINANET.NORM is "{norm}", which MODEL.META_ARCHITECTURE "RetinaNet" does '
-                f'not have{where}; set MODEL.META_ARCHITECTURE "BNRetinaNet".'
-            )
+    if arch == "RetinaNet" and not _stock_has(norm):
+        raise ConfigError(
+            f'MODEL.RETINANET.NORM is "{norm}", which MODEL.META_ARCHITECTURE "RetinaNet" does not '
+            'have; set MODEL.META_ARCHITECTURE "BNRetinaNet".'
+        )
 
 
 def _is_ours(arch: object) -> bool:
