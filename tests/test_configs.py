@@ -1,4 +1,4 @@
-"""The studies that ship: two forms of each, and each can be planned."""
+"""Studies: those that ship can be planned; one that cannot work is refused before it runs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from bn_detection.config import ConfigError
 from bn_detection.study.matrix import plan
 from bn_detection.study.study_file import read_study
 
-STUDIES = Path(__file__).parents[1] / "configs" / "studies"
+CONFIGS = Path(__file__).parents[1] / "configs"
+STUDIES = CONFIGS / "studies"
 NAMES = ("domain", "frozen", "inference", "leakage", "levels", "momentum", "population", "renorm")
+RUN = f"{{config: {CONFIGS / 'quickstart' / 'mask_rcnn_bn.yaml'}}}"
+
+
+def write_study(folder: Path, text: str) -> Path:
+    """A study of two workers, with the runs and evaluations of ``text``."""
+    path = folder / "small.yaml"
+    path.write_text(f"about: A small one.\nworkers: 2\n{text}")
+    return path
 
 
 def test_every_study_has_a_quickstart_and_a_coco_form() -> None:
@@ -50,3 +60,102 @@ def test_every_study_can_be_planned_without_its_data(
     }
     assert len({task.record for task in planned.tasks}) == len(planned.tasks)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "words"),
+    [
+        ("recalibrate: {BN.POPULATION.ESTIMATOR: fvcore}", ["recalibrate", "fvcore on 2 workers"]),
+        ("recalibrate: {BN.POPULATION.BATCH_SIZE: 3}", ["BN.POPULATION.BATCH_SIZE 3", "2 workers"]),
+        ("recalibrate: {DATASETS.TRAIN: [leaky_shape_train]}", ["TRAIN", '"leaky_shape_train"']),
+        ("overrides: {DATASETS.TEST: [leaky_shape_val]}", ["TEST", "leaky_shapes_val"]),
+        ('overrides: {DATASETS.TEST: ["leaky_shapes_val@fogg:3"]}', ['"fogg"', '"fog"']),
+        ('overrides: {DATASETS.TEST: ["leaky_val@fog:3"]}', ['no dataset "leaky_val"']),
+        ("overrides: {DATASETS.COCO_JSON: [[a, none.json, .]]}", ["COCO_JSON", "none.json"]),
+        ("probe: {BN.LEAKAGE.SHUFFLED_IMAGES: 0}", ["BN.LEAKAGE.SHUFFLED_IMAGES 0"]),
+        ("probe: {SOLVER.IMS_PER_BATCH: 3}", ["SOLVER.IMS_PER_BATCH 3", "2 workers"]),
+        ("probe: {DATASETS.TEST: [none]}", ['no dataset "none"']),
+    ],
+)
+def test_an_evaluation_that_cannot_work_is_refused_before_the_training(
+    evaluation: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "none"))
+    runs = f"runs:\n  BN: {RUN}\n"
+    study = read_study(write_study(tmp_path, f"{runs}evaluations:\n  odd: {{{evaluation}}}\n"))
+    with pytest.raises(ConfigError) as info:
+        plan(study, tmp_path, {})
+    for word in (str(study.path), "run BN, evaluation odd", *words):
+        assert word in str(info.value)
+    assert not (tmp_path / "none").exists()
+
+
+def test_runs_may_have_datasets_of_one_name(tmp_path: Path) -> None:
+    runs = ""
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.json").touch()
+        coco_json = [["mine", str(tmp_path / f"{name}.json"), str(tmp_path)]]
+        overrides = f"{{DATASETS.COCO_JSON: {coco_json}, DATASETS.TEST: [mine]}}"
+        runs += f"  {name}: {{config: {RUN[9:-1]}, overrides: {overrides}}}\n"
+    study = read_study(write_study(tmp_path, f"runs:\n{runs}evaluations: {{EMA: }}\n"))
+    assert len(plan(study, tmp_path, {}).tasks) == 2
+
+
+def test_with_other_workers_an_evaluation_is_not_that_of_the_training(tmp_path: Path) -> None:
+    evaluations = "  same: {workers: 2}\n  one process: {workers: 1}\n"
+    text = f"runs:\n  BN: {RUN}\nevaluations:\n{evaluations}"
+    planned = plan(read_study(write_study(tmp_path, text)), tmp_path, {})
+    assert [task.title for task in planned.tasks] == [
+        "BN, seed 1: training",
+        "BN, seed 1: one process",
+    ]
+    command = planned.tasks[1].command
+    assert command[command.index("--num-gpus") + 1] == "1"
+
+
+def test_names_are_read_as_they_are_written(tmp_path: Path) -> None:
+    text = f"baseline: no\nruns:\n  0.1: {RUN}\n  0.10: {RUN}\n  no: {RUN}\n"
+    evaluations = "evaluations:\n  off: {runs: [0.10, no]}\n  1e3:\n"
+    study = read_study(write_study(tmp_path, text + evaluations))
+    assert list(study.runs) == ["0.1", "0.10", "no"]
+    assert study.baseline == "no"
+    assert study.evaluations["off"].runs == ("0.10", "no")
+    assert list(study.evaluations) == ["off", "1e3"]
+
+
+@pytest.mark.parametrize(
+    ("runs", "words"),
+    [
+        (["''"], ["line 4", "not empty"]),
+        (["results.json"], ["line 4", '"results.json"', "of the runner"]),
+        (["results.csv"], ["line 4", "of the runner"]),
+        (["report.html"], ["line 4", "of the runner"]),
+        (["study.json"], ["line 4", "of the runner"]),
+        (["study.json.partial"], ["line 4", "of the runner"]),
+        (["slurm"], ["line 4", "of the runner"]),
+        (["BN", "0.1", "0.1"], ["line 6", "0.1 is there already"]),
+        (["BN", "'BN'"], ["line 5", "BN is there already"]),
+    ],
+)
+def test_names_that_cannot_be_folders_are_refused(
+    runs: list[str], words: list[str], tmp_path: Path
+) -> None:
+    text = "".join(f"  {name}: {RUN}\n" for name in runs)
+    path = write_study(tmp_path, f"runs:\n{text}evaluations: {{EMA: }}\n")
+    with pytest.raises(ConfigError) as info:
+        read_study(path)
+    for word in (str(path), *words):
+        assert word in str(info.value)
+
+
+@pytest.mark.parametrize("runs", ["[BN, BN]", "[]", "[BN, [BN]]"])
+def test_runs_of_an_evaluation_are_different_runs(runs: str, tmp_path: Path) -> None:
+    text = f"runs:\n  BN: {RUN}\nevaluations:\n  EMA: {{runs: {runs}}}\n"
+    with pytest.raises(ConfigError, match=r"line 6: runs is .* different runs, of BN"):
+        read_study(write_study(tmp_path, text))
+
+
+def test_infinity_is_no_place_on_an_axis(tmp_path: Path) -> None:
+    text = f"x_axis: n\nruns:\n  1: {RUN}\n  inf: {RUN}\nevaluations: {{EMA: }}\n"
+    with pytest.raises(ConfigError, match=r'line 6: .*"inf" is none'):
+        read_study(write_study(tmp_path, text))

@@ -1,13 +1,15 @@
 """Datasets: the generator of LeakyShapes, COCO-format files from a config, and loaders."""
 
-from .builtin import register_builtin
+from .builtin import LEAKY_SHAPES, register_builtin
 from .coco_json import (
     check_dataset_files,
     check_datasets,
     check_num_classes,
+    near_names,
+    read_coco_json,
     register_coco_json,
 )
-from .corruptions import CORRUPTIONS, register_corrupted
+from .corruptions import CORRUPTIONS, read_corrupted_name, register_corrupted
 from .image_folder import IMAGE_SUFFIXES, register_image_folder
 from .leaky_shapes import (
     LeakyShapesConfig,
@@ -23,6 +25,7 @@ from .unreadable import ReadableLoader, SkipUnreadable, read_unreadable, report_
 __all__ = [
     "CORRUPTIONS",
     "IMAGE_SUFFIXES",
+    "LEAKY_SHAPES",
     "LeakyShapesConfig",
     "ReadableLoader",
     "SinglePassLoader",
@@ -36,6 +39,9 @@ __all__ = [
     "draw_shape",
     "honest_accuracy_limit",
     "make_leaky_shapes",
+    "near_names",
+    "read_coco_json",
+    "read_corrupted_name",
     "read_unreadable",
     "register_builtin",
     "register_coco_json",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,37 +56,53 @@ def register_coco_json(entries: Sequence[Sequence[str]]) -> None:
             is that of another dataset. Loading it raises ConfigError if the annotations are not
             in COCO's format or the images are not under the image root.
     """
+    for name, json_file, image_root in read_coco_json(entries):
+        _register(name, json_file, image_root)
+
+
+def read_coco_json(entries: Sequence[Sequence[str]]) -> Iterator[tuple[str, str, str]]:
+    """Name, annotations and image root of the entries of ``DATASETS.COCO_JSON``, which are checked.
+
+    Raises:
+        ConfigError: an entry is malformed, or its annotations or image root do not exist.
+    """
     if isinstance(entries, str):
         raise ConfigError(f"{_KEY} is {entries!r}; expected a list of [name, annotations, root].")
     for entry in entries:
-        _register(entry)
+        if (
+            not isinstance(entry, list | tuple)
+            or len(entry) != 3
+            or not all(isinstance(part, str) and part for part in entry)
+        ):
+            raise ConfigError(
+                f"{_KEY}: the entry {entry!r} is malformed; {_EXPECTED}, all strings."
+            )
+        name = entry[0]
+        json_file, image_root = (
+            os.path.abspath(os.path.expanduser(os.path.expandvars(path))) for path in entry[1:]
+        )
+        where = f'{_KEY}: dataset "{name}"'
+        if not os.path.isfile(json_file):
+            raise ConfigError(
+                f"{where}: the annotations {json_file} do not exist (or are no file)."
+            )
+        if not os.path.isdir(image_root):
+            raise ConfigError(
+                f"{where}: the image root {image_root} does not exist (or is no folder)."
+            )
+        yield name, json_file, image_root
 
 
-def _register(entry: Sequence[str]) -> None:
-    if (
-        not isinstance(entry, list | tuple)
-        or len(entry) != 3
-        or not all(isinstance(part, str) and part for part in entry)
-    ):
-        raise ConfigError(f"{_KEY}: the entry {entry!r} is malformed; {_EXPECTED}, all strings.")
-    name = entry[0]
-    json_file, image_root = (
-        os.path.abspath(os.path.expanduser(os.path.expandvars(path))) for path in entry[1:]
-    )
-    where = f'{_KEY}: dataset "{name}"'
+def _register(name: str, json_file: str, image_root: str) -> None:
     if name in DatasetCatalog:
         metadata = MetadataCatalog.get(name)
         there = metadata.get("json_file"), metadata.get("image_root")
         if there == (json_file, image_root):
             return
         raise ConfigError(
-            f"{where} is registered already, with annotations {there[0]} and image root "
-            f"{there[1]}. Give this one another name."
+            f'{_KEY}: dataset "{name}" is registered already, with annotations {there[0]} and '
+            f"image root {there[1]}. Give this one another name."
         )
-    if not os.path.isfile(json_file):
-        raise ConfigError(f"{where}: the annotations {json_file} do not exist (or are no file).")
-    if not os.path.isdir(image_root):
-        raise ConfigError(f"{where}: the image root {image_root} does not exist (or is no folder).")
     DatasetCatalog.register(name, partial(_load, json_file, image_root, name))
     MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root, evaluator_type="coco")
 
@@ -177,12 +193,12 @@ def check_dataset_files(key: str, name: str) -> None:
 def _check_registered(key: str, name: str) -> None:
     if name in DatasetCatalog:
         return
-    raise ConfigError(f'{key}: there is no dataset "{name}". {near_names(name)}')
+    raise ConfigError(f'{key}: there is no dataset "{name}". {near_names(name, DatasetCatalog)}')
 
 
-def near_names(name: str) -> str:
-    """What to tell about a dataset name that is not registered."""
-    near = difflib.get_close_matches(name, DatasetCatalog.keys(), n=5)
+def near_names(name: str, known: Iterable[str]) -> str:
+    """What to tell about a name that no dataset has, of those that are known."""
+    near = difflib.get_close_matches(name, known, n=5)
     hint = f"Registered names like it: {', '.join(near)}." if near else "No such name is known."
     return f"{hint} {_KEY} registers datasets in COCO's format."
 

@@ -61,12 +61,31 @@ def register_corrupted(name: str) -> None:
         ConfigError: the dataset, the corruption or the severity does not exist, the dataset is
             corrupted already, or the library is not installed.
     """
+    if "@" in name and name in DatasetCatalog:
+        return
+    base, prefix = read_corrupted_name(name)
+    register_builtin([base])
+    if base not in DatasetCatalog:
+        near = near_names(base, DatasetCatalog)
+        raise ConfigError(f'DATASETS: "{name}": there is no dataset "{base}". {near}')
+    DatasetCatalog.register(name, lambda: _load(base, name, prefix))
+    _copy_metadata(base, name, prefix)
+
+
+def read_corrupted_name(name: str) -> tuple[str, str]:
+    """Split ``name@corruption:severity``; the dataset need not be there.
+
+    Returns:
+        The name of the clean dataset, and the prefix of the paths of the corrupted images.
+
+    Raises:
+        ConfigError: the corruption or the severity does not exist, the dataset is corrupted
+            already, or the library is not installed.
+    """
     where = f'DATASETS: "{name}"'
     base, at, suffix = name.rpartition("@")
     if not at:
         raise ConfigError(f"{where}: a corrupted dataset is name@corruption:severity.")
-    if name in DatasetCatalog:
-        return
     corruption, _, severity = suffix.partition(":")
     if corruption not in CORRUPTIONS:
         near = difflib.get_close_matches(corruption, CORRUPTIONS, n=1, cutoff=0.5)
@@ -80,15 +99,10 @@ def register_corrupted(name: str) -> None:
             f'{where}: there is no severity "{severity}"; it is one of '
             f"{', '.join(map(str, SEVERITIES))}, as in {base}@{corruption}:3."
         )
-    register_builtin([base])
-    prefix = f"{_PREFIX}{corruption}:{severity}/"
     if base.rpartition("@")[2].partition(":")[0] in CORRUPTIONS:
         raise ConfigError(f'{where}: "{base}" is corrupted already; name one corruption.')
-    if base not in DatasetCatalog:
-        raise ConfigError(f'{where}: there is no dataset "{base}". {near_names(base)}')
     _library(where)
-    DatasetCatalog.register(name, lambda: _load(base, name, prefix))
-    _copy_metadata(base, name, prefix)
+    return base, f"{_PREFIX}{corruption}:{severity}/"
 
 
 def _load(base: str, name: str, prefix: str) -> list[dict[str, Any]]:

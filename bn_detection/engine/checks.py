@@ -62,7 +62,7 @@ def check_config(cfg: CfgNode, *, num_workers: int, eval_only: bool, resume: boo
 
 
 def check_recalibration(cfg: CfgNode, num_workers: int) -> None:
-    """Refuse a config whose population statistics cannot be estimated anew.
+    """Refuse a config whose population statistics cannot be estimated anew, whatever the weights.
 
     Args:
         cfg: the config.
@@ -75,8 +75,6 @@ def check_recalibration(cfg: CfgNode, num_workers: int) -> None:
     _check_virtual_workers(cfg, num_workers)
     if num_workers > 1:
         _check_synchronization(cfg)
-    if not cfg.MODEL.WEIGHTS:
-        raise ConfigError('MODEL.WEIGHTS is "": give the checkpoint to recalibrate.')
     node = cfg.BN.POPULATION
     key = "BN.POPULATION.BATCH_SIZE" if node.BATCH_SIZE else "SOLVER.IMS_PER_BATCH"
     batch_size = node.BATCH_SIZE or cfg.SOLVER.IMS_PER_BATCH

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from ..config import ConfigError
 from ..data import check_dataset_files
 from ..files import make_folder, replacing
-from ..leakage import measure_leakage
+from ..leakage import check_probe_config, measure_leakage
 from .checkpoint import StrictCheckpointer
 from .checks import check_config
 from .setup import begin, load_config, register_datasets
@@ -39,13 +39,21 @@ def preflight_probe(args: argparse.Namespace) -> str:
     if output.exists():
         raise ConfigError(f"--output {output} exists; give another name.")
     cfg = _load_config(args)
-    check_config(cfg, num_workers=1, eval_only=True, resume=False)
-    if not cfg.DATASETS.TEST:
-        raise ConfigError("DATASETS.TEST is empty: the probe takes its labelled images from there.")
+    check_probing(cfg)
     register_datasets(cfg)
     check_dataset_files("DATASETS.TEST", cfg.DATASETS.TEST[0])
     make_folder(output.parent, f"--output {output}")
     return cfg.MODEL.DEVICE
+
+
+def check_probing(cfg: CfgNode) -> None:
+    """Refuse a config that the probe cannot use, whatever the weights.
+
+    Raises:
+        ConfigError: names the key, its value, and what would be right.
+    """
+    check_config(cfg, num_workers=1, eval_only=True, resume=False)
+    check_probe_config(cfg)
 
 
 def probe(args: argparse.Namespace) -> None:

@@ -73,6 +73,8 @@ def preflight_recalibration(args: argparse.Namespace) -> str:
     cfg = _load_config(args)
     num_workers = int(os.environ.get("WORLD_SIZE", args.num_gpus * args.num_machines))
     check_recalibration(cfg, num_workers)
+    if not cfg.MODEL.WEIGHTS:
+        raise ConfigError('MODEL.WEIGHTS is "": give the checkpoint to recalibrate.')
     register_datasets(cfg)
     for name in cfg.DATASETS.TRAIN:
         check_dataset_files("--dataset" if args.dataset else "DATASETS.TRAIN", name)

@@ -17,12 +17,23 @@ from typing import Any
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..config import ConfigError, add_bn_detection_config
-from ..data import check_datasets, register_builtin, register_coco_json, register_corrupted
+from ..data import (
+    LEAKY_SHAPES,
+    check_datasets,
+    near_names,
+    read_coco_json,
+    read_corrupted_name,
+    register_builtin,
+    register_coco_json,
+    register_corrupted,
+)
+from ..files import replacing
 from .checks import check_config, last_checkpoint
 
 _VERSIONED = ("bn_detection", "detectron2", "torch", "torchvision", "fvcore", "numpy")
@@ -135,6 +146,25 @@ def register_datasets(cfg: CfgNode) -> None:
             register_corrupted(name)
 
 
+def check_dataset_names(cfg: CfgNode) -> None:
+    """Refuse the names that :func:`register_datasets` would; no dataset is made or registered.
+
+    Raises:
+        ConfigError: as there, or no dataset has a name.
+    """
+    own = (name for name, _, _ in read_coco_json(cfg.DATASETS.COCO_JSON))
+    known = {*own, *LEAKY_SHAPES, *DatasetCatalog}
+    for key in ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[key]:
+            is_corrupted = "@" in name and name not in known
+            base = read_corrupted_name(name)[0] if is_corrupted else name
+            if base not in known:
+                raise ConfigError(
+                    f'DATASETS.{key} "{name}": there is no dataset "{base}". '
+                    f"{near_names(base, known)}"
+                )
+
+
 def evaluation_folder(cfg: CfgNode, resume: bool) -> str:
     """Where ``--eval-only`` leaves its results: a folder a checkpoint and kind of statistics.
 
@@ -169,4 +199,5 @@ def device_name(device: str) -> str:
 def _write_versions(path: Path, device: str) -> None:
     content = {"command": sys.argv, "versions": installed_versions()}
     content["device"] = device_name(device)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    with replacing(path) as file:
+        file.write_text(json.dumps(content, indent=2) + "\n")

@@ -2,13 +2,20 @@
 
 from .intervals import Estimate
 from .limits import LimitComparison, sampled_accuracy_limit
-from .probe import LeakageReport, check_probe, images_per_worker, measure_leakage
+from .probe import (
+    LeakageReport,
+    check_probe,
+    check_probe_config,
+    images_per_worker,
+    measure_leakage,
+)
 
 __all__ = [
     "Estimate",
     "LeakageReport",
     "LimitComparison",
     "check_probe",
+    "check_probe_config",
     "images_per_worker",
     "measure_leakage",
     "sampled_accuracy_limit",

@@ -181,11 +181,11 @@ def measure_leakage(cfg: CfgNode, model: nn.Module, *, num_workers: int = 1) -> 
     return scores.report(name, left_out, cfg.BN.LEAKAGE.RESAMPLES)
 
 
-def check_probe(cfg: CfgNode, model: nn.Module) -> None:
-    """Refuse what the probe cannot measure.
+def check_probe_config(cfg: CfgNode) -> None:
+    """Refuse a config that the probe cannot use, whatever the model.
 
     Raises:
-        ConfigError: names the class or key.
+        ConfigError: names the key.
     """
     node = cfg.BN.LEAKAGE
     least = {"NUM_IMAGES": 0, "IMAGES_PER_WORKER": 0, "SHUFFLED_IMAGES": 1, "RESAMPLES": 1}
@@ -194,6 +194,15 @@ def check_probe(cfg: CfgNode, model: nn.Module) -> None:
             raise ConfigError(f"BN.LEAKAGE.{key} {node[key]}: it must be at least {minimum}.")
     if not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TEST is empty: the probe takes its labelled images from there.")
+
+
+def check_probe(cfg: CfgNode, model: nn.Module) -> None:
+    """Refuse what the probe cannot measure.
+
+    Raises:
+        ConfigError: names the class or key.
+    """
+    check_probe_config(cfg)
     heads = getattr(model, "roi_heads", None)
     parts = {
         "the model": (model, GeneralizedRCNN),

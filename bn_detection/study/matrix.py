@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +14,10 @@ from detectron2.config import CfgNode
 
 from ..config import ConfigError
 from ..engine import check_config, load_config
-from ..engine.setup import evaluation_folder
+from ..engine.checks import check_recalibration
+from ..engine.probing import check_probing
+from ..engine.setup import check_dataset_names, evaluation_folder
+from ..leakage import images_per_worker
 from .study_file import Evaluation, Overrides, Study
 
 _TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -108,7 +113,8 @@ class _Planner:
         output = self._folder / name / f"seed_{seed}"
         workers = self._study.workers
         options = self._options(name, seed, {}, output)
-        self.configs[name] = self._check(name, f"run {name}", options, workers, eval_only=False)
+        check = partial(check_config, num_workers=workers, eval_only=False, resume=True)
+        self.configs[name] = self._check(name, f"run {name}", options, check)
         training = self._add(
             f"{name}, seed {seed}: training",
             "training",
@@ -123,7 +129,7 @@ class _Planner:
     def _add_evaluation(
         self, cell: Cell, evaluation: Evaluation, output: Path, training: Task
     ) -> tuple[Task, Path]:
-        if evaluation.is_of_training:
+        if self._study.is_of_training(evaluation):
             return training, output / "inference" / "results.json"
         title = f"{cell.run}, seed {cell.seed}: {cell.evaluation}"
         where = f"run {cell.run}, evaluation {cell.evaluation}"
@@ -131,7 +137,8 @@ class _Planner:
         weights, needs = output / "model_final.pth", training
         if evaluation.recalibrate is not None:
             options = self._options(cell.run, cell.seed, evaluation.recalibrate, place)
-            self._check(cell.run, f"{where}, recalibrate", options, evaluation.workers)
+            check = partial(check_recalibration, num_workers=evaluation.workers)
+            self._check(cell.run, f"{where}, recalibrate", options, check)
             options["MODEL.WEIGHTS"], weights = weights, place / "recalibrated.pth"
             needs = self._add(
                 f"{title}: recalibration",
@@ -144,9 +151,12 @@ class _Planner:
                 training,
                 (weights, weights.with_suffix(".json")),
             )
-        own = evaluation.overrides if evaluation.probe is None else evaluation.probe
+        own, check = evaluation.probe, self._check_probe
+        if own is None:
+            workers, own = evaluation.workers, evaluation.overrides
+            check = partial(check_config, num_workers=workers, eval_only=True, resume=True)
         options = self._options(cell.run, cell.seed, own, place)
-        cfg = self._check(cell.run, where, options, evaluation.workers)
+        cfg = self._check(cell.run, where, options, check)
         cfg.MODEL.WEIGHTS = options["MODEL.WEIGHTS"] = str(weights)
         if evaluation.probe is None:
             command = self._command(TRAIN_NET, cell.run, evaluation.workers, options, "--eval-only")
@@ -154,10 +164,7 @@ class _Planner:
             result = leftover / "results.json"
         else:
             leftover = result = place / "probe.json"
-            if not (cfg.BN.LEAKAGE.IMAGES_PER_WORKER or cfg.BN.VIRTUAL_WORKERS):
-                # The probe is one process, which does not know those of the training.
-                images = max(1, cfg.SOLVER.IMS_PER_BATCH // self._study.workers)
-                options["BN.LEAKAGE.IMAGES_PER_WORKER"] = images
+            options["BN.LEAKAGE.IMAGES_PER_WORKER"] = cfg.BN.LEAKAGE.IMAGES_PER_WORKER
             command = self._command(_PROBE, cell.run, None, options, "--output", str(result))
         task = self._add(
             title, cell.evaluation, command, place / "evaluation.json", needs, (leftover,)
@@ -182,15 +189,21 @@ class _Planner:
         command += ["--config-file", str(self._study.runs[run].config), *flags]
         return [*command, *_pairs(options)]
 
+    def _check_probe(self, cfg: CfgNode) -> None:
+        check_probing(cfg)
+        # The probe is one process, which does not know those of the training.
+        cfg.BN.LEAKAGE.IMAGES_PER_WORKER = images_per_worker(cfg, self._study.workers)
+
     def _check(
-        self, run: str, where: str, options: Overrides, workers: int, eval_only: bool = True
+        self, run: str, where: str, options: Overrides, check: Callable[[CfgNode], None]
     ) -> CfgNode:
         config = str(self._study.runs[run].config)
         try:
             cfg = load_config(argparse.Namespace(config_file=config, opts=_pairs(options)))
-            check_config(cfg, num_workers=workers, eval_only=eval_only, resume=True)
+            check(cfg)
             if len(cfg.DATASETS.TEST) != 1:
                 raise ConfigError(f"DATASETS.TEST {cfg.DATASETS.TEST}: a study takes one dataset.")
+            check_dataset_names(cfg)
         except ConfigError as error:
             raise ConfigError(f"{self._study.path}: {where}: {error}") from error
         return cfg

@@ -276,7 +276,7 @@ def _describe_runs(results: StudyResults) -> Iterator[dict[str, Any]]:
 
 def _describe_evaluations(study: Study) -> Iterator[dict[str, str]]:
     for name, evaluation in study.evaluations.items():
-        parts = ["as the training ends" if evaluation.is_of_training else ""]
+        parts = ["as the training ends" if study.is_of_training(evaluation) else ""]
         if evaluation.recalibrate is not None:
             own = _overrides(evaluation.recalibrate)
             parts.append(f"statistics recomputed first{f' with {own}' if own else ''}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from ..config import ConfigError
 
 Overrides = dict[str, Any]
 _Where = tuple[str, ...]
+_TEXT = "tag:yaml.org,2002:str"
+_MERGE = "tag:yaml.org,2002:merge"
 
 _STUDY_KEYS = (
     *("about", "paper", "workers", "seeds", "overrides", "runs", "baseline", "evaluations"),
@@ -20,7 +23,8 @@ _STUDY_KEYS = (
 )
 _RUN_KEYS = ("config", "overrides")
 _EVALUATION_KEYS = ("runs", "overrides", "recalibrate", "probe", "workers")
-_FOLDERS = ("figures", "slurm")
+_OF_RUNNER = ("figures", "slurm", "study.json", "results.json", "results.csv", "report.html")
+"""What the runner makes in the folder of a study, beside the folders of the runs."""
 TAKEN = ("OUTPUT_DIR", "SEED")
 """Keys to which the runner gives a value of its own."""
 _OF_EVALUATION = (*TAKEN, "MODEL.WEIGHTS")
@@ -58,11 +62,6 @@ class Evaluation:
     probe: Overrides | None
     workers: int
 
-    @property
-    def is_of_training(self) -> bool:
-        """Whether it is the evaluation that ends the training: it changes nothing."""
-        return not self.overrides and self.recalibrate is None and self.probe is None
-
 
 @dataclass(frozen=True)
 class Study:
@@ -95,6 +94,11 @@ class Study:
     evaluations: dict[str, Evaluation]
     x_axis: str | None
 
+    def is_of_training(self, evaluation: Evaluation) -> bool:
+        """Whether it is the evaluation that ends the training: it changes nothing."""
+        has_own = evaluation.recalibrate is not None or evaluation.probe is not None
+        return not (evaluation.overrides or has_own) and evaluation.workers == self.workers
+
 
 def read_study(path: Path) -> Study:
     """Read a study file.
@@ -113,17 +117,18 @@ def read_study(path: Path) -> Study:
 class _Reader:
     def __init__(self, path: Path) -> None:
         self._path = path
-        text = path.read_text()
+        self._lines: dict[_Where, int] = {(): 1}
         try:
-            root = yaml.compose(text, yaml.SafeLoader)
-            self._content = yaml.safe_load(text)
+            loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+            root = loader.get_single_node()
+            for where, key, value in _entries(root):
+                _read_names_as_text(where, key, value)
+                twice = where in self._lines
+                self._lines[where] = key.start_mark.line + 1
+                self._check(not twice, where, f"{where[-1]} is there already; give another name.")
+            self._content = loader.construct_document(root) if root else None
         except yaml.YAMLError as error:
             raise ConfigError(f"{path}: {error}") from error
-        self._lines: dict[_Where, int] = {(): 1}
-        for where, line in _lines(root):
-            twice = where in self._lines
-            self._lines[where] = line
-            self._check(not twice, where, f"{where[-1]} is there already; give another name.")
 
     def study(self) -> Study:
         content = self._mapping(self._content, (), _STUDY_KEYS, ("about", "runs", "evaluations"))
@@ -174,9 +179,10 @@ class _Reader:
     ) -> Evaluation:
         content = self._mapping({} if value is None else value, where, _EVALUATION_KEYS)
         runs = content.get("runs", all_runs)
-        known = isinstance(runs, list) and {str(name) for name in runs} <= {*all_runs}
-        problem = f"runs is {runs!r}; give a list of runs, of {', '.join(all_runs)}."
-        self._check(runs and known, (*where, "runs"), problem)
+        known = isinstance(runs, list) and all(name in all_runs for name in runs)
+        problem = f"runs is {runs!r}; give a list of different runs, of {', '.join(all_runs)}."
+        is_right = runs and known and len({*runs}) == len(runs)
+        self._check(is_right, (*where, "runs"), problem)
         recalibrate, probe = (
             self._overrides(content, where, key, _OF_EVALUATION) if key in content else None
             for key in ("recalibrate", "probe")
@@ -188,7 +194,7 @@ class _Reader:
             problem = "write the overrides of a probe under probe."
             self._check("overrides" not in content, (*where, "overrides"), problem)
         return Evaluation(
-            runs=tuple(map(str, runs)),
+            runs=tuple(runs),
             overrides=self._overrides(content, where, taken=_OF_EVALUATION),
             recalibrate=recalibrate,
             probe=probe,
@@ -228,10 +234,11 @@ class _Reader:
         named = self._mapping(content[key], (key,))
         self._check(named, (key,), f"{key} is empty; give at least one.")
         for name, value in named.items():
-            problem = f'"{name}" names a folder: without "/", and no "." first.'
-            self._check("/" not in name and name[:1] != ".", (key, name), problem)
-            problem = f'"{name}" is the name of a folder of the runner; give another.'
-            self._check(key != "runs" or name not in _FOLDERS, (key, name), problem)
+            problem = f'"{name}" names a folder: not empty, without "/", and no "." first.'
+            self._check(name and "/" not in name and name[0] != ".", (key, name), problem)
+            problem = f'"{name}" is the name of a folder or file of the runner; give another.'
+            of_runner = name.removesuffix(".partial") in _OF_RUNNER
+            self._check(key != "runs" or not of_runner, (key, name), problem)
             yield name, value, (key, name)
 
     def _mapping(
@@ -243,7 +250,6 @@ class _Reader:
     ) -> dict[str, Any]:
         name = where[-1] if where else "the study"
         self._check(isinstance(value, dict), where, f"{name} is {value!r}; it must be a mapping.")
-        value = {str(key): item for key, item in value.items()}
         for key in value:
             problem = f"{name} has no key {key}; its keys are {', '.join(keys or ())}."
             self._check(keys is None or key in keys, (*where, key), problem)
@@ -260,15 +266,29 @@ class _Reader:
 
 def _is_number(text: str) -> bool:
     try:
-        return float(text) > 0
+        return 0 < float(text) < math.inf
     except ValueError:
         return False
 
 
-def _lines(node: yaml.Node | None, where: _Where = ()) -> Iterator[tuple[_Where, int]]:
-    """The keys that lead to each key of a document, and its line from 1."""
+def _entries(
+    node: yaml.Node | None, where: _Where = ()
+) -> Iterator[tuple[_Where, yaml.Node, yaml.Node]]:
+    """The keys that lead to each value of a document, its own key, and the value."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             inner = (*where, str(key.value))
-            yield inner, key.start_mark.line + 1
-            yield from _lines(value, inner)
+            yield inner, key, value
+            yield from _entries(value, inner)
+
+
+def _read_names_as_text(where: _Where, key: yaml.Node, value: yaml.Node) -> None:
+    """Names are as they are written: YAML would take 0.10 for 0.1, and no for False."""
+    names = [key]
+    if where == ("baseline",):
+        names.append(value)
+    elif where[0] == "evaluations" and where[2:] == ("runs",):
+        names += value.value if isinstance(value, yaml.SequenceNode) else []
+    for name in names:
+        if isinstance(name, yaml.ScalarNode) and name.tag != _MERGE:
+            name.tag = _TEXT
