@@ -17,17 +17,21 @@ from browser import open_browser, open_page
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from PIL import Image
 from test_train_net import QUICKSTART, ROOT, overrides, parse
 from torch import Tensor, nn
 
 from bn_detection import ConfigError
-from bn_detection.data import make_leaky_shapes
+from bn_detection.data import SinglePassLoader, make_leaky_shapes
 from bn_detection.engine import check_config, diagnose, load_config, preflight_diagnosis
+from bn_detection.engine.setup import register_datasets
 from bn_detection.engine.trainer import Trainer
 from bn_detection.leakage import Estimate
 from bn_detection.leakage.diagnosis import Diagnosis
 from bn_detection.leakage.findings import Examined, Finding, conclude
 from bn_detection.leakage.layers import LayerReport, inspect_layers
+from bn_detection.population import apply_statistics, collect_statistics
 
 CONFIG = QUICKSTART / "mask_rcnn_bn.yaml"
 IMAGES = 6
@@ -546,7 +550,9 @@ def test_model_without_bn_has_no_finding(data: Path, tmp_path: Path) -> None:
     norms = [f"MODEL.ROI_{head}_HEAD.NORM" for head in ("BOX", "MASK")]
     more = [part for key in norms for part in (key, "GN")]
     assert tool(data, tmp_path / "out", *more, "MODEL.WEIGHTS", "") == 0
-    assert "no BN layer" in result(tmp_path / "out")["verdict"]
+    found = result(tmp_path / "out")
+    assert "no BN layer" in found["verdict"]
+    assert found["settings"]["statistics_from"].startswith("0 images")
 
 
 @pytest.mark.timeout(120)
@@ -591,6 +597,132 @@ def test_stock_config_of_the_model_zoo(data: Path, tmp_path: Path) -> None:
     assert "statistics of 1 layer were never updated" in titles
     assert any("[backbone.bottom_up, SyncBN]" in finding["yaml"] for finding in found["findings"])
     assert len(found["layers"]) == 54
+
+
+@pytest.mark.timeout(200)
+def test_stock_retinanet_of_the_model_zoo_with_syncbn_on_a_cpu(data: Path, tmp_path: Path) -> None:
+    more = (
+        *("MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu", "MODEL.RETINANET.NUM_CLASSES", 4),
+        *("MODEL.RETINANET.NORM", "SyncBN", "MODEL.RETINANET.NUM_CONVS", 1),
+        *("INPUT.MIN_SIZE_TRAIN", (128,), "SOLVER.IMS_PER_BATCH", 2),
+        *("DATALOADER.NUM_WORKERS", 0),
+    )
+    name = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+    flags = ("--num-gpus", 2)
+    assert tool(data, tmp_path / "out", *more, config_file=name, flags=flags) == 1
+    layers = result(tmp_path / "out")["layers"]
+    assert {report["sharing"] for report in layers} == {"frozen", "world, level"}
+    assert len(layers) == 53 + 2 * 5
+    assert all(report["ema_to_precise"] for report in layers)
+
+
+def other_labels(data: Path, folder: Path, split: str, **changes: Any) -> list[object]:
+    """Overrides for a split with other contents of its annotation file."""
+    folder.mkdir()
+    entries = [
+        [f"{data.name}_{s}", f"{data}/{s}/annotations.json", f"{data}/{s}/images"]
+        for s in ("train", "val")
+    ]
+    content = json.loads((data / split / "annotations.json").read_text())
+    (folder / "labels.json").write_text(json.dumps(content | changes))
+    name = f"{data.name}_{folder.name}"
+    entries.append([name, str(folder / "labels.json"), str(data / split / "images")])
+    key = {"train": "DATASETS.TRAIN", "val": "DATASETS.TEST"}[split]
+    return ["DATASETS.COCO_JSON", entries, key, (name,)]
+
+
+@pytest.mark.timeout(120)
+def test_a_probe_that_cannot_run_leaves_the_statistics(data: Path, tmp_path: Path) -> None:
+    content = json.loads((data / "val/annotations.json").read_text())
+    crowds = [{**item, "iscrowd": 1} for item in content["annotations"]]
+    classes = content["categories"] + [{"id": 99, "name": "fifth"}]
+    for name, changes, flags, reason in (
+        ("crowds", {"annotations": crowds}, (), "none of its 6 images has a labelled object"),
+        ("classes", {"categories": classes}, (), "5 classes"),
+        ("few", {"images": content["images"][:1]}, ("--num-gpus", 2), "needs 2 or more"),
+    ):
+        more = other_labels(data, tmp_path / name, "val", **changes)
+        tool(data, tmp_path / name, *more, flags=flags)
+        found = result(tmp_path / name)
+        assert found["probe"] is None
+        assert reason in " ".join(found["left_out"])
+        assert all(report["ema_to_precise"] for report in found["layers"])
+
+
+@pytest.mark.timeout(120)
+def test_few_images_are_still_four_batches_and_two_probed_workers(
+    data: Path, tmp_path: Path
+) -> None:
+    tool(data, tmp_path / "out", flags=("--num-gpus", 2, "--images", 1))
+    found = result(tmp_path / "out")
+    assert found["settings"]["statistics_from"].startswith("4 images")
+    assert found["probe"]["images"] == 2
+    assert all(report["batch_to_precise"]["low"] is not None for report in found["layers"])
+
+
+@pytest.mark.timeout(120)
+def test_too_few_images_for_a_batch_are_refused_by_name(data: Path, tmp_path: Path) -> None:
+    more = ("MODEL.ROI_BOX_HEAD.NORM", "ShuffleBN", "SOLVER.IMS_PER_BATCH", 8)
+    with pytest.raises(ConfigError, match=rf"{data.name}_train: its 6 images .* batch of 8 "):
+        tool(data, tmp_path / "out", *more, flags=("--num-gpus", 8))
+
+
+@pytest.mark.timeout(120)
+def test_crowds_are_no_labels(data: Path, tmp_path: Path) -> None:
+    content = json.loads((data / "train/annotations.json").read_text())
+    crowds = [{**item, "iscrowd": 1} for item in content["annotations"]]
+    more = other_labels(data, tmp_path / "of_crowds", "train", annotations=crowds)
+    tool(data, tmp_path / "out", *more, "DATASETS.TEST", (), "MODEL.WEIGHTS", "")
+    assert "of_crowds has no labels" in " ".join(result(tmp_path / "out")["left_out"])
+
+
+@pytest.mark.timeout(120)
+def test_statistics_of_proposals_are_compared_with_proposals(data: Path, tmp_path: Path) -> None:
+    more = ("BN.POPULATION.ESTIMATOR", "pooled", "BN.POPULATION.ROIS", "inference")
+    more = (*more, "MODEL.RPN.POST_NMS_TOPK_TEST", 20, "MODEL.WEIGHTS", "")
+    tool(data, tmp_path / "out", *more, flags=("--num-gpus", 2))
+    found = result(tmp_path / "out")
+    assert "BN.POPULATION.ROIS" in " ".join(found["left_out"])
+    box = [x for x in found["layers"] if "box_head" in x["name"]]
+    assert {round(report["rows_per_batch"]) for report in box} == {20}
+
+
+@pytest.mark.timeout(120)
+def test_images_are_padded_as_in_training(tmp_path: Path) -> None:
+    """Images of two orientations, which training does not pad to one size."""
+    generator = torch.Generator().manual_seed(0)
+    images, objects = [], []
+    (tmp_path / "images").mkdir()
+    for number in range(48):
+        height, width = (64, 128) if number % 2 else (128, 64)
+        pixels = torch.randint(180, 256, (height, width, 3), generator=generator)
+        file = f"{number}.png"
+        Image.fromarray(pixels.byte().numpy()).save(tmp_path / "images" / file)
+        images.append({"id": number, "file_name": file, "height": height, "width": width})
+        box = {"bbox": [10, 10, 20, 20], "area": 400, "iscrowd": 0}
+        objects.append({"id": number + 1, "image_id": number, "category_id": 1, **box})
+    classes = [{"id": k, "name": f"class{k}"} for k in range(1, 5)]
+    content = {"images": images, "annotations": objects, "categories": classes}
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "images").symlink_to(tmp_path / "images")
+        (tmp_path / split / "annotations.json").write_text(json.dumps(content))
+
+    config_file = QUICKSTART / "retinanet_shared.yaml"
+    more = ("INPUT.MIN_SIZE_TRAIN", (64,), "SOLVER.IMS_PER_BATCH", 8)
+    cfg = config(*overrides(tmp_path, tmp_path, *more), config_file=config_file)
+    register_datasets(cfg)
+    model = build_model(cfg).train()
+    alone = SinglePassLoader(cfg, labels=True, num_images=48, batch_size=1)
+    with EventStorage(0):
+        apply_statistics(model, collect_statistics(model, alone, alone.num_batches))
+    torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
+
+    flags = ("--num-gpus", 4, "--images", 32)
+    assert tool(tmp_path, tmp_path / "out", *more, config_file=config_file, flags=flags) == 0
+    found = result(tmp_path / "out")
+    assert {report["sharing"] for report in found["layers"]} == {"world"}
+    assert max(report["ema_to_precise"]["value"] for report in found["layers"]) < 0.05
 
 
 @pytest.mark.timeout(120)

@@ -7,13 +7,16 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
+from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -21,7 +24,7 @@ from ..config import ConfigError
 from ..data import SinglePassLoader, check_dataset_files, report_unreadable
 from ..files import make_folder, replacing
 from ..heads import norm_layers
-from ..leakage import LeakageReport, check_probe, images_per_worker, measure_leakage
+from ..leakage import LeakageReport, images_per_worker, measure_leakage
 from ..leakage.diagnosis import Diagnosis
 from ..leakage.findings import Examined, conclude
 from ..leakage.layers import LayerReport, inspect_layers, spans_workers
@@ -37,6 +40,9 @@ JSON_NAME, PAGE_NAME = "diagnosis.json", "diagnosis.html"
 # For the statistics, and for the probe.
 _IMAGES = 512
 _QUICK_IMAGES = 64
+# Fewer have no interval worth the name.
+_LEAST_BATCHES = 4
+_LEAST_PROBED_WORKERS = 2
 
 
 def preflight_diagnosis(args: argparse.Namespace) -> str:
@@ -53,16 +59,11 @@ def preflight_diagnosis(args: argparse.Namespace) -> str:
     """
     if args.workers < 1:
         raise ConfigError(f"--num-gpus {args.workers}: the training had at least 1 worker.")
-    if args.images is not None and args.images < 2:
-        raise ConfigError(f"--images {args.images}: at least 2 are needed.")
+    if args.images is not None and args.images < 1:
+        raise ConfigError(f"--images {args.images}: at least 1 is needed.")
     cfg = _load_config(args)
     check_config(cfg, num_workers=1, eval_only=True, resume=False)
-    per_worker = images_per_worker(cfg, args.workers)
-    if _num_images(args, _IMAGES) < per_worker:
-        raise ConfigError(
-            f"--images {args.images}: a worker has {per_worker} images (SOLVER.IMS_PER_BATCH over "
-            "--num-gpus); give as many at least."
-        )
+    images_per_worker(cfg, args.workers)
     folder = Path(cfg.OUTPUT_DIR)
     for name in (JSON_NAME, PAGE_NAME):
         if (folder / name).exists() and not args.overwrite:
@@ -89,27 +90,20 @@ def diagnose(args: argparse.Namespace) -> int:
         The exit status: 1 if there are findings, else 0.
 
     Raises:
-        ConfigError: the weights do not fit the model, or a layer saw values that are not finite.
-            Nothing is written.
+        ConfigError: the weights do not fit the model, DATASETS.TRAIN has too few images, or a
+            layer saw values that are not finite. Nothing is written.
     """
     start = time.monotonic()
     cfg = begin(_load_config(args), args, args.folder)
+    of_this_project = _uses_project(args.config_file)
     workers = cfg.BN.VIRTUAL_WORKERS or args.workers
     per_worker = images_per_worker(cfg, args.workers)
     left_out: list[str] = []
     model, batch_size, measured = _build_model(cfg, workers, per_worker)
     StrictCheckpointer(model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
-    labels = _has_labels(cfg.DATASETS.TRAIN)
-    if not labels:
-        left_out.append(
-            f"The RoIs of the training sampler: {', '.join(cfg.DATASETS.TRAIN)} has no labels. The "
-            "statistics are those of the proposals that inference uses."
-        )
-    number = max(_num_images(args, _IMAGES) // batch_size, 1) * batch_size
-    loader = SinglePassLoader(
-        measured, labels=labels, num_images=number, batch_size=batch_size, seed=max(cfg.SEED, 0)
-    )
-    layers = _inspect(model, loader, labels)
+    rois = _rois(cfg, left_out)
+    batches = _Batches(measured, rois, batch_size, _num_images(args, _IMAGES))
+    layers = _inspect(model, batches, rois)
     alone = [x.name for x in layers if x.trains and _is_of_worker(x)]
     if alone and batch_size > per_worker:
         left_out.append(
@@ -123,7 +117,7 @@ def diagnose(args: argparse.Namespace) -> int:
         [name for name, _ in norm_layers(model)],
         None if report is None else report.to_json(),
         workers,
-        _uses_project(args.config_file) or any(layer.is_ours for layer in layers),
+        of_this_project or any(layer.is_ours for layer in layers),
     )
     findings, notes = conclude(examined)
     known = _keys(load_config(argparse.Namespace(config_file="", opts=[])))
@@ -137,7 +131,7 @@ def diagnose(args: argparse.Namespace) -> int:
         "weights": cfg.MODEL.WEIGHTS,
         "workers": workers,
         "images_per_worker": per_worker,
-        "statistics_from": f"{loader.num_images} images of {', '.join(cfg.DATASETS.TRAIN)}",
+        "statistics_from": f"{batches.images} images of {', '.join(cfg.DATASETS.TRAIN)}",
         "seconds": round(time.monotonic() - start),
         "versions": installed_versions(),
     }
@@ -205,13 +199,73 @@ def _num_images(args: argparse.Namespace, default: int) -> int:
     return args.images or (_QUICK_IMAGES if args.quick else default)
 
 
-def _inspect(model: nn.Module, loader: SinglePassLoader, labels: bool) -> list[LayerReport]:
-    logger.info("Statistics of %d images in %d batches", loader.num_images, loader.num_batches)
+def _rois(cfg: CfgNode, left_out: list[str]) -> str:
+    """Which RoIs the statistics are of: the training sampler's, unless nothing is known of them."""
+    names, node = cfg.DATASETS.TRAIN, cfg.BN.POPULATION
+    if node.ESTIMATOR != "ema" and node.ROIS == "inference":
+        reason = 'BN.POPULATION.ROIS is "inference", so the running statistics are not of them.'
+    elif not _has_labels(names):
+        reason = f"{', '.join(names)} has no labels, or images without."
+    else:
+        return "training"
+    left_out.append(
+        f"The RoIs of the training sampler: {reason} The statistics are those of the proposals "
+        "that inference uses."
+    )
+    return "inference"
+
+
+def _has_labels(names: tuple[str, ...]) -> bool:
+    records = [record for name in names for record in DatasetCatalog.get(name)]
+    return all("annotations" in record for record in records) and any(
+        not item.get("iscrowd", 0) for record in records for item in record["annotations"]
+    )
+
+
+class _Batches:
+    """Batches of the images of DATASETS.TRAIN, of one orientation where training has them so.
+
+    Attributes:
+        number: of batches, if there are as many.
+        images: used so far.
+    """
+
+    def __init__(self, cfg: CfgNode, rois: str, size: int, num_images: int) -> None:
+        self.number = max(num_images // size, _LEAST_BATCHES)
+        self.images = 0
+        self._cfg, self._size = cfg, size
+        self._grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
+        self._loader = SinglePassLoader(
+            cfg,
+            labels=rois == "training",
+            # The last images of each orientation may fill no batch.
+            num_images=self.number * size + (size - 1 if self._grouped else 0),
+            batch_size=1 if self._grouped else size,
+            seed=max(cfg.SEED, 0),
+        )
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        batches: Iterable[list[dict[str, Any]]] = self._loader
+        if self._grouped:
+            batches = AspectRatioGroupedDataset(chain.from_iterable(self._loader), self._size)
+        for batch in islice(batches, self.number):
+            self.images += len(batch)
+            yield batch
+        if self.images == 0:
+            names, orientation = ", ".join(self._cfg.DATASETS.TRAIN), ""
+            if self._grouped:
+                orientation = " of one orientation (DATALOADER.ASPECT_RATIO_GROUPING)"
+            raise ConfigError(
+                f"DATASETS.TRAIN {names}: its {self._loader.num_images} images do not fill a batch "
+                f"of {self._size}{orientation}, which follows from SOLVER.IMS_PER_BATCH "
+                f"{self._cfg.SOLVER.IMS_PER_BATCH}. Give more images, or a smaller batch."
+            )
+
+
+def _inspect(model: nn.Module, batches: _Batches, rois: str) -> list[LayerReport]:
     try:
         with EventStorage(0):
-            return inspect_layers(
-                model, loader, loader.num_batches, rois="training" if labels else "inference"
-            )
+            return inspect_layers(model, batches, batches.number, rois=rois)
     except FloatingPointError as error:
         raise ConfigError(f"MODEL.WEIGHTS: {error}") from error
 
@@ -223,37 +277,25 @@ def _probe(
     layers: list[LayerReport],
     left_out: list[str],
 ) -> LeakageReport | None:
-    reason = _no_probe(cfg, model, layers)
-    if reason:
-        left_out.append(f"The leakage probe: {reason}")
-        return None
     cfg = cfg.clone()
     cfg.defrost()
     if args.quick or args.images:
-        cfg.BN.LEAKAGE.NUM_IMAGES = _num_images(args, _IMAGES)
-    logger.info("Leakage probe on images of %s", cfg.DATASETS.TEST[0])
-    return measure_leakage(cfg, model)
-
-
-def _no_probe(cfg: CfgNode, model: nn.Module, layers: list[LayerReport]) -> str | None:
-    """Why there is nothing to probe, or None."""
-    if not cfg.MODEL.WEIGHTS:
-        return 'MODEL.WEIGHTS is "": the accuracy of random weights says nothing.'
-    if not any(layer.trains and layer.rows == "RoIs" for layer in layers):
-        return "no layer of the model normalizes RoIs with a batch in training."
+        least = _LEAST_PROBED_WORKERS * cfg.BN.LEAKAGE.IMAGES_PER_WORKER
+        cfg.BN.LEAKAGE.NUM_IMAGES = max(_num_images(args, _IMAGES), least)
     try:
-        check_probe(cfg, model)
+        if not cfg.MODEL.WEIGHTS:
+            raise ConfigError('MODEL.WEIGHTS is "": the accuracy of random weights says nothing.')
+        if not any(layer.trains and layer.rows == "RoIs" for layer in layers):
+            raise ConfigError("no layer of the model normalizes RoIs with a batch in training.")
+        logger.info("Leakage probe")
+        report = measure_leakage(cfg, model)
     except ConfigError as error:
-        return str(error)
-    if not _has_labels(cfg.DATASETS.TEST[:1]):
-        return f"{cfg.DATASETS.TEST[0]} has no labels (DATASETS.TEST)."
-    return None
-
-
-def _has_labels(names: tuple[str, ...]) -> bool:
-    return any(record.get("annotations") for name in names for record in DatasetCatalog.get(name))
+        left_out.append(f"The leakage probe: {error}")
+        return None
+    left_out += [f"The leakage probe of {head}: {why}" for head, why in report.left_out.items()]
+    return report
 
 
 def _uses_project(config_file: str) -> bool:
     """Whether the config is of this project's trainer, which averages running statistics."""
-    return "BN" in CfgNode.load_yaml_with_base(config_file)
+    return "BN" in CfgNode.load_yaml_with_base(config_file, allow_unsafe=True)

@@ -131,6 +131,8 @@ def inspect_layers(
         FloatingPointError: a layer saw a value that is not finite; names it.
     """
     layers = _batch_norms(model)
+    if not layers:
+        return []
     reports = {name: _describe(model, name, layer) for name, layer in layers.items()}
     # Layers with other classes, such as BatchNorm1d, are described only.
     trained = batch_norms_in_training(model, ["*"])
