@@ -27,6 +27,7 @@ from bn_detection.data import SinglePassLoader, make_leaky_shapes
 from bn_detection.engine import check_config, diagnose, load_config, preflight_diagnosis
 from bn_detection.engine.setup import register_datasets
 from bn_detection.engine.trainer import Trainer
+from bn_detection.heads import BNOptions, convert_norm
 from bn_detection.leakage import Estimate
 from bn_detection.leakage.diagnosis import Diagnosis
 from bn_detection.leakage.findings import Examined, Finding, conclude
@@ -162,6 +163,7 @@ def layer(name: str = "roi_heads.box_head.conv1.norm", **changes: Any) -> LayerR
         "kind": "BatchNorm2d",
         "channels": 64,
         "sharing": "worker",
+        "spans_workers": False,
         "rows": "RoIs",
         "is_ours": False,
         "trains": True,
@@ -242,11 +244,11 @@ def test_a_cause_is_found_and_its_config_can_be_used(title: str, tmp_path: Path)
 
 def test_the_fix_of_a_leak_builds_the_head_it_names(tmp_path: Path) -> None:
     for workers, there, norm in (
-        (2, "worker", "shuffle"),
-        (2, "shuffle", None),
-        (1, "worker", None),
+        (2, False, "shuffle"),
+        (2, True, None),
+        (1, False, None),
     ):
-        leaky = examined(probe=probe(20, 30), workers=workers, layers=[layer(sharing=there)])
+        leaky = examined(probe=probe(20, 30), workers=workers, layers=[layer(spans_workers=there)])
         file = tmp_path / "fixed.yaml"
         file.write_text(f'_BASE_: "{CONFIG}"\n{conclude(leaky)[0][0].yaml}')
         head = Trainer.build_model(config(config_file=file)).roi_heads.box_head
@@ -410,6 +412,41 @@ def test_weights_that_do_not_decay_are_not_blamed() -> None:
         more = ("SOLVER.WEIGHT_DECAY_NORM", decay)
         (found,), _ = conclude(examined(layers=[dead], more=more))
         assert list(found.fix["SOLVER"]) == [key]
+
+
+@pytest.mark.parametrize(
+    ("norm", "spans"),
+    [("BN", False), ("GhostBN", False), ("SyncBN", True), ("ShuffleBN", True), ("renorm", True)],
+)
+def test_layers_whose_batches_span_workers(
+    norm: str, spans: bool, batches: list[list[Tensor]]
+) -> None:
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    options = BNOptions(renorm_partition="shuffle")
+    convert_norm(model, "BatchRenorm" if norm == "renorm" else norm, "0", options=options)
+    images = [torch.stack(batch) for batch in batches]
+    (report,) = inspect_layers(model.train(), images, len(images))
+    assert report.spans_workers == spans
+
+
+def test_workers_that_share_statistics_are_not_apart() -> None:
+    precise_bn = ("TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2)
+    described = {"is_ours": True, "batch_to_precise": estimate(0.6), "spans_workers": True}
+    for sharing in ("world", "shuffle"):
+        shared = [layer(sharing=sharing, **described)]
+        assert conclude(examined(workers=2, layers=shared, more=precise_bn)) == ([], [])
+
+
+def test_workers_are_not_compared_by_batches_of_another_size() -> None:
+    stock = layer(batch_to_precise=estimate(0.6))
+    synchronized = layer(BACKBONE, sharing="world", spans_workers=True)
+    found, (note,) = conclude(
+        examined(workers=2, averages_workers=False, layers=[synchronized, stock])
+    )
+    assert found == []
+    assert f"({stock.name})" in note
+    (found,), _ = conclude(examined(workers=2, averages_workers=False, layers=[stock]))
+    assert "own running statistics" in found.title
 
 
 def test_group_norm_only_where_its_groups_divide_the_channels() -> None:

@@ -104,7 +104,7 @@ def diagnose(args: argparse.Namespace) -> int:
     rois = _rois(cfg, left_out)
     batches = _Batches(measured, rois, batch_size, _num_images(args, _IMAGES))
     layers = _inspect(model, batches, rois)
-    alone = [x.name for x in layers if x.trains and _is_of_worker(x)]
+    alone = [x.name for x in layers if x.joins_workers]
     if alone and batch_size > per_worker:
         left_out.append(
             f"The batches of one worker in {', '.join(alone)}: other layers share theirs over the "
@@ -188,11 +188,6 @@ def _build_model(cfg: CfgNode, workers: int, per_worker: int) -> tuple[nn.Module
         batch_size, cfg.BN.VIRTUAL_WORKERS = per_worker * workers, workers
         model = Trainer.build_model(cfg).train()
     return model, batch_size, cfg
-
-
-def _is_of_worker(layer: LayerReport) -> bool:
-    """Whether the layer cannot tell the virtual workers of a process apart."""
-    return layer.sharing == "ghost" or (layer.sharing.startswith("worker") and not layer.is_ours)
 
 
 def _num_images(args: argparse.Namespace, default: int) -> int:

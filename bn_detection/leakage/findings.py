@@ -369,16 +369,24 @@ def _levels(examined: Examined, notes: list[str]) -> Iterator[Finding]:
 def _ranks(examined: Examined, notes: list[str]) -> Iterator[Finding]:
     """Workers that would evaluate with statistics of their own."""
     cfg = examined.cfg
+    by_fvcore = cfg.BN.POPULATION.ESTIMATOR == "fvcore" or cfg.TEST.PRECISE_BN.ENABLED
+    if examined.workers == 1 or (examined.averages_workers and not by_fvcore):
+        return
     layers = [
         layer
         for layer in examined.trained
-        if layer.sharing.split(",")[0] != "world"
+        if not layer.spans_workers
         and _has_interval(layer.batch_to_precise)
         and examined.uses_population(layer)
     ]
-    if examined.workers == 1 or not layers:
-        return
-    by_fvcore = cfg.BN.POPULATION.ESTIMATOR == "fvcore" or cfg.TEST.PRECISE_BN.ENABLED
+    if any(layer.spans_workers for layer in examined.trained):
+        joined = [layer for layer in layers if layer.joins_workers]
+        if joined:
+            notes.append(
+                f"How far two workers are apart is unknown for {_count(joined)}: they were "
+                f"measured with the images of all workers together ({_list(joined)})."
+            )
+        layers = [layer for layer in layers if layer not in joined]
     if by_fvcore:
         batches = cfg.TEST.PRECISE_BN.NUM_ITER
         if cfg.BN.POPULATION.ESTIMATOR == "fvcore":
@@ -389,8 +397,6 @@ def _ranks(examined: Examined, notes: list[str]) -> Iterator[Finding]:
             "BN": {"POPULATION": {"ESTIMATOR": "pooled"}},
         }
         shares = {layer.name: 1 / batches for layer in layers}
-    elif examined.averages_workers:
-        return
     else:
         layers = [layer for layer in layers if not layer.is_ours and layer.momentum]
         title = "Each worker evaluates with its own running statistics"
@@ -566,7 +572,7 @@ def _list(layers: Sequence[LayerReport]) -> str:
 def _head_fix(examined: Examined, layers: Sequence[LayerReport]) -> dict[str, Any]:
     """Another norm for a head: by its NORM where it is one that has it, else by conversion."""
     # One worker has nobody to shuffle with.
-    shuffles = any(layer.sharing in ("shuffle", "world") for layer in layers)
+    shuffles = any(layer.spans_workers for layer in layers)
     norm = _without_batch(layers) if shuffles or examined.workers == 1 else "ShuffleBN"
     globs = [glob for glob, _ in examined.cfg.BN.CONVERT]
     converted = any(matches(name, globs) for layer in layers for name in _lineage(layer.name))

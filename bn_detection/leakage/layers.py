@@ -59,6 +59,7 @@ class LayerReport:
         channels: C.
         sharing: what shares its normalization batch: the name of a partition, with "level" beside
             it where each FPN level is a batch; "frozen" if it has none.
+        spans_workers: whether its normalization batch has rows of several workers.
         rows: what a row of its input is: "RoIs" or "images".
         is_ours: whether the class is of this project.
         trains: whether it normalizes with mini-batches in training.
@@ -85,6 +86,7 @@ class LayerReport:
     kind: str
     channels: int
     sharing: str
+    spans_workers: bool
     rows: str
     is_ours: bool
     trains: bool
@@ -103,6 +105,11 @@ class LayerReport:
     level_batches: bool = False
     dead: tuple[int, ...] = ()
     dead_weights: tuple[int, ...] = ()
+
+    @property
+    def joins_workers(self) -> bool:
+        """Whether virtual workers share its batches, which are of one worker in training."""
+        return self.sharing == "ghost" or (self.sharing.startswith("worker") and not self.is_ours)
 
     def to_json(self) -> dict[str, Any]:
         """JSON types; numbers that are not finite are null."""
@@ -160,12 +167,7 @@ def inspect_layers(
 
 def spans_workers(model: nn.Module) -> bool:
     """Whether a layer of a model normalizes the rows of several workers together in training."""
-    return any(
-        isinstance(layer, _SYNC)
-        or (isinstance(layer, PartitionedBatchNorm2d) and layer.partition.spans_workers)
-        for layer in model.modules()
-        if layer.training
-    )
+    return any(_spans_workers(layer) for layer in model.modules())
 
 
 class _Inputs:
@@ -285,6 +287,7 @@ def _describe(model: nn.Module, name: str, layer: nn.Module) -> LayerReport:
         kind=type(layer).__name__,
         channels=mean.numel(),
         sharing=_sharing(layer, owner) if trains else "frozen",
+        spans_workers=_spans_workers(layer),
         rows="RoIs" if in_roi_heads else "images",
         is_ours=isinstance(layer, PartitionedBatchNorm2d),
         trains=trains,
@@ -297,6 +300,11 @@ def _describe(model: nn.Module, name: str, layer: nn.Module) -> LayerReport:
         and owner.options.train == "separate"
         and owner.options.population == "shared",
     )
+
+
+def _spans_workers(layer: nn.Module) -> bool:
+    of_partition = isinstance(layer, PartitionedBatchNorm2d) and layer.partition.spans_workers
+    return layer.training and (isinstance(layer, _SYNC) or of_partition)
 
 
 def _sharing(layer: nn.Module, owner: nn.Module) -> str:
