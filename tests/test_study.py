@@ -173,6 +173,10 @@ def test_a_folder_of_another_study_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "output"
     with claimed(folder, study, {}, {}):
         pass
+    done = folder / "BN" / "seed_1" / "evaluations" / "batch" / "evaluation.json"
+    done.parent.mkdir(parents=True)
+    write_json(done, {})
+    write_json(folder / "BN" / "seed_1" / "training.json", {})
     more = STUDY.replace("seeds: [1, 2]", "seeds: [3]").replace("  batch:", "  more:\n  batch:")
     with claimed(folder, read_study(write(tmp_path, more)), {}, {}):
         pass
@@ -189,6 +193,78 @@ def test_a_folder_of_another_study_is_refused(tmp_path: Path) -> None:
             assert word in str(info.value)
     with pytest.raises(ConfigError, match="none of a study"), claimed(tmp_path, study, {}, {}):
         pass
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_what_has_no_result_yet_can_be_corrected(tmp_path: Path) -> None:
+    """A study that was stopped at once, or a run that failed, has none."""
+    folder = tmp_path / "output"
+
+    def claim(text: str, **overrides: str) -> None:
+        study = read_study(write(tmp_path, text))
+        with claimed(folder, study, overrides, plan(study, folder, overrides).configs):
+            pass
+
+    claim(STUDY)
+    claim(STUDY, **{"SOLVER.BASE_LR": "1.0"})
+    claim(STUDY)
+    of_gn, of_bn = "MAX_ITER: 1, MODEL", "MAX_ITER: 1}"
+    training, evaluation = folder / "BN" / "seed_2", folder / "BN" / "seed_2/evaluations/batch"
+    evaluation.mkdir(parents=True)
+    write_json(training / "training.json", {})
+    with pytest.raises(ConfigError, match=r"training\.json is of another command line"):
+        claim(STUDY, **{"SOLVER.BASE_LR": "1.0"})
+    with pytest.raises(ConfigError, match=r"training\.json is of another run BN"):
+        claim(STUDY.replace(of_bn, "MAX_ITER: 2}"))
+    changed = STUDY.replace(of_gn, "MAX_ITER: 2, MODEL").replace("E: batch", "E: population")
+    claim(changed)
+    write_json(evaluation / "evaluation.json", {})
+    (folder / "GN" / "seed_1").mkdir(parents=True)
+    (folder / "GN" / "seed_1" / "model_0000001.pth").touch()
+    with pytest.raises(ConfigError, match=r"model_0000001\.pth is of another run GN"):
+        claim(STUDY)
+    with pytest.raises(ConfigError, match=r"evaluation\.json is of another evaluation batch"):
+        claim(changed.replace("E: population", "E: batch"))
+    claim(changed)
+
+
+def test_what_jobs_of_slurm_may_be_making_cannot_be_changed(tmp_path: Path) -> None:
+    folder = tmp_path / "output"
+    with claimed(folder, read_study(write(tmp_path, STUDY)), {}, {}):
+        pass
+    (folder / "slurm").mkdir()
+    changed = read_study(write(tmp_path, STUDY.replace("MAX_ITER: 1", "MAX_ITER: 2")))
+    with pytest.raises(ConfigError, match=r"slurm is of another run BN.*once squeue shows none"):
+        claimed(folder, changed, {}, {}).__enter__()
+
+
+def test_a_start_that_was_killed_at_once_is_no_other_folder(tmp_path: Path) -> None:
+    for name in (".lock", "study.json.partial"):
+        (tmp_path / "output" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "output" / name).touch()
+    with claimed(tmp_path / "output", read_study(write(tmp_path, STUDY)), {}, {}):
+        pass
+
+
+def test_settings_are_compared_by_the_one_process_that_works_there(tmp_path: Path) -> None:
+    """Another process adds a run, and ends, after this one has looked for the first time."""
+    folder = tmp_path / "output"
+    study = read_study(write(tmp_path, STUDY))
+    other = STUDY.replace("  GN:", "  more:").replace("NORM: GN", "NORM: SyncBN")
+
+    class Configs(dict):
+        begun = False
+
+        def items(self) -> object:
+            if not self.begun:
+                Configs.begun = True
+                with claimed(folder, read_study(write(tmp_path, other)), {}, {}):
+                    pass
+            return super().items()
+
+    with claimed(folder, study, {}, Configs()):
+        pass
+    assert {"run GN", "run more"} < json.loads((folder / "study.json").read_text()).keys()
 
 
 def test_a_config_file_that_has_changed_is_refused(tmp_path: Path) -> None:
@@ -201,6 +277,8 @@ def test_a_config_file_that_has_changed_is_refused(tmp_path: Path) -> None:
             pass
 
     claim()
+    (folder / "BN" / "seed_1").mkdir(parents=True)
+    write_json(folder / "BN" / "seed_1" / "training.json", {})
     settings = json.loads((folder / "study.json").read_text())
     config.write_text(config.read_text() + "# The same.\n")
     claim()
@@ -281,6 +359,7 @@ def test_a_dry_run_lists_the_tasks_and_makes_nothing(
     study = read_study(path)
     planned = plan(study, folder, {})
     with claimed(folder, study, {}, planned.configs):
+        planned.tasks[0].record.parent.mkdir(parents=True)
         write_json(planned.tasks[0].record, {"seconds": 1})
         run_study(path, folder, dry_run=True)
     printed = capfd.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,11 @@ from .study_file import TAKEN, Overrides, Study
 
 _RECORD = "study.json"
 _LOCK = ".lock"
+# What a start has left that was killed before it had written the record.
+_BEGUN = {_LOCK, f"{_RECORD}.partial"}
+_RECORDS = {"training.json", "recalibration.json", "evaluation.json"}
+SLURM_FOLDER = "slurm"
+"""Of submitit's files, once a job was submitted."""
 _KEYS_SHOWN = 5
 
 
@@ -58,7 +64,8 @@ def claimed(
         ConfigError: the folder has results of another study or of other settings, or another
             process works there.
     """
-    settings = check_folder(folder, study, overrides, configs)
+    # Here, so that nothing is left in a folder of something else; below, once nobody else writes.
+    check_folder(folder, study, overrides, configs)
     folder.mkdir(parents=True, exist_ok=True)
     # Not emptied when it is opened: it has the number of the process that works there.
     with (folder / _LOCK).open("a+") as lock:
@@ -70,6 +77,7 @@ def claimed(
                 f"Another process works in {folder} (started by process {lock.read().strip()}): "
                 "wait for it, or end it first."
             ) from None
+        settings = check_folder(folder, study, overrides, configs)
         lock.truncate(0)
         print(os.getpid(), file=lock, flush=True)
         write_json(folder / _RECORD, settings)
@@ -80,6 +88,8 @@ def check_folder(
     folder: Path, study: Study, overrides: Overrides, configs: Mapping[str, CfgNode]
 ) -> dict[str, Any]:
     """Whether results in a folder, if any, are of this study and these settings.
+
+    A setting can be changed as long as no result depends on it.
 
     Args:
         folder: of the study; it need not be there.
@@ -94,17 +104,13 @@ def check_folder(
         ConfigError: they are not; names the run or evaluation and what differs.
     """
     record = folder / _RECORD
-    if not record.exists() and folder.exists() and {*os.listdir(folder)} - {_LOCK}:
+    if not record.exists() and folder.exists() and {*os.listdir(folder)} - _BEGUN:
         raise ConfigError(f"{folder} has files, and none of a study; give another --output-dir.")
     before = _read(record) if record.exists() else {}
     now = _settings(study, overrides)
-    advice = "Give another --output-dir, or remove that folder."
     for name, value in now.items():
         if before.get(name, value) != value:
-            raise ConfigError(
-                f"{record}: the results there are of another {name}: {before[name]}, and not "
-                f"{value}. {advice}"
-            )
+            _check_unused(folder, name, f"{before[name]}, and not {value}")
     for run, cfg in configs.items():
         name = f"config of run {run}"
         now[name] = json.loads(json.dumps(dict(_flat(cfg))))
@@ -116,11 +122,30 @@ def check_folder(
         ]
         if changed:
             more = f" (and {len(changed) - _KEYS_SHOWN} more)" if changed[_KEYS_SHOWN:] else ""
-            raise ConfigError(
-                f"run {run}: {study.runs[run].config} has changed since the results in {folder} "
-                f"were made: {'; '.join(changed[:_KEYS_SHOWN])}{more}. {advice}"
-            )
+            change = f"in {study.runs[run].config}, {'; '.join(changed[:_KEYS_SHOWN])}{more}"
+            _check_unused(folder, name, change)
     return {**before, **now}
+
+
+def _check_unused(folder: Path, setting: str, change: str) -> None:
+    """Refuse to change a setting with which a result was made, or may be in the making."""
+    kind, _, name = setting.removeprefix("config of ").partition(" ")
+    places = {
+        "run": f"{glob.escape(name)}/seed_*",
+        "evaluation": f"*/seed_*/evaluations/{glob.escape(name)}",
+    }
+    for file in folder.glob(f"{places.get(kind, '*/seed_*')}/*"):
+        if file.name in _RECORDS or file.suffix == ".pth":
+            raise ConfigError(
+                f"{file} is of another {setting}: {change}. Give another --output-dir, or remove "
+                "what there is of it."
+            )
+    jobs = folder / SLURM_FOLDER
+    if jobs.exists():
+        raise ConfigError(
+            f"{jobs} is of another {setting}: {change}. Give another --output-dir, or remove it, "
+            "once squeue shows none of its jobs."
+        )
 
 
 def _read(record: Path) -> dict[str, Any]:
