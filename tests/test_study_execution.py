@@ -318,6 +318,56 @@ def test_the_record_says_success_alone(code: str, status: int, tmp_path: Path) -
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.timeout(60)
+def test_the_seconds_of_a_task_are_those_of_all_its_attempts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = tmp_path / "training.json"
+    specification = {
+        "command": [sys.executable, "-S", "-c", "import time; time.sleep(60)"],
+        "log": str(tmp_path / "training.log"),
+        "record": str(record),
+        "leftovers": [],
+        "parent": None,
+        "keep": [],
+    }
+    code = (
+        "import sys; from bn_detection.study import process; process._NOTE_SECONDS = 0.1; "
+        f"sys.argv = ['', {json.dumps(specification)!r}]; process._main()"
+    )
+    first = subprocess.Popen([sys.executable, "-c", code])
+    noted = tmp_path / "training.seconds"
+    wait_for(lambda: noted.exists() and json.loads(noted.read_text()) >= 1, 60)
+    first.kill()
+    first.wait()
+    before = json.loads(noted.read_text())
+    assert before < 60
+    task_of = ["-S", "-c", "import time; time.sleep(0.5); raise SystemExit({})"]
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        for status in (1, 0):
+            command = [sys.executable, *(part.format(status) for part in task_of)]
+            assert run_and_record(command, tmp_path / "training.log", record) == status
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert before + 1 <= json.loads(record.read_text())["seconds"] < before + 10
+    assert not noted.exists()
+
+
+def test_nothing_is_written_into_a_folder_that_was_removed(tmp_path: Path) -> None:
+    """Or the study could not be started afresh there."""
+    folder = tmp_path / "study"
+    code = f"import shutil; shutil.rmtree({str(folder)!r})"
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(FileNotFoundError):
+            command = [sys.executable, "-S", "-c", code]
+            run_and_record(command, folder / "task.log", folder / "task.json")
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert not folder.exists()
+
+
 def test_progress_is_read_from_the_log_as_it_grows(tmp_path: Path) -> None:
     log = tmp_path / "training.log"
     running = Running("[1 of 1] BN", log)

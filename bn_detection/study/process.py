@@ -24,19 +24,19 @@ from types import FrameType
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
+_NOTE_SECONDS = 30.0
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file that is either whole or not there.
 
     Args:
-        path: replaced if it is there; its folder is made.
+        path: replaced if it is there.
         content: what JSON can hold.
 
     Raises:
         OSError: it cannot be written, such as on a full disk; what was there before is as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     try:
         with partial.open("w") as file:
@@ -62,7 +62,8 @@ def run_and_record(
         command: the program and its arguments. It gets one thread, unless OMP_NUM_THREADS says
             otherwise: results do not depend on what else runs, nor on the number of cores.
         log: file for its output, replaced if it is there; its folder is made.
-        record: JSON file that is there once it has succeeded, with the seconds that it took.
+        record: JSON file that is there once it has succeeded, with the seconds that it took,
+            those of earlier attempts included.
         leftovers: files and folders of an earlier attempt, removed first.
         keep: file descriptors that it keeps open.
 
@@ -74,7 +75,8 @@ def run_and_record(
             shutil.rmtree(path)
         path.unlink(missing_ok=True)
     log.parent.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
+    noted = record.with_suffix(".seconds")
+    start = time.monotonic() - (json.loads(noted.read_text()) if noted.exists() else 0.0)
     this = os.getpid()
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -92,10 +94,17 @@ def run_and_record(
             process.send_signal(signum)
 
         signal.signal(signal.SIGTERM, pass_on)
-        status = process.wait()
+        status = None
+        while status is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = process.wait(_NOTE_SECONDS)
+            seconds = round(time.monotonic() - start, 1)
+            # For the next attempt, also if this is killed.
+            with contextlib.suppress(OSError):
+                write_json(noted, seconds)
     if status == 0:
-        content = {"command": list(command), "seconds": round(time.monotonic() - start, 1)}
-        write_json(record, content)
+        write_json(record, {"command": list(command), "seconds": seconds})
+        noted.unlink(missing_ok=True)
     return status if status >= 0 else 128 - status
 
 
