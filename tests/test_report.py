@@ -154,6 +154,54 @@ def test_the_reading_says_what_the_intervals_support(tmp_path: Path) -> None:
     assert any(sentence.startswith("2 differences were compared") for sentence in sentences)
 
 
+def test_what_is_equal_in_every_seed_could_not_be_told_by_chance(tmp_path: Path) -> None:
+    study = make_study(tmp_path, ["BN", "GN", "SyncBN", "none"], [1, 2])
+    results = {}
+    for run, offset in (("BN", 0), ("GN", 3e-14), ("SyncBN", 4), ("none", 5)):
+        for seed in study.seeds:
+            cell = Cell(run, "population", seed)
+            results[cell] = write_ap(tmp_path, cell, bbox=70.1 + seed + offset)
+    sentences = read_results(collect_results(study, results, tmp_path))
+    assert any("GN (0.0 ± 0.0 points) cannot be told from BN's" in each for each in sentences)
+    assert any(sentence.startswith("2 differences were compared") for sentence in sentences)
+
+
+def test_a_difference_over_fewer_seeds_says_so(tmp_path: Path) -> None:
+    study = make_study(tmp_path, ["BN", "GN", "SyncBN"], [1, 2, 3])
+    results = {}
+    for run, values in (("BN", (70, 72, 74)), ("GN", (80, 81)), ("SyncBN", (75,))):
+        for seed, value in enumerate(values, start=1):
+            cell = Cell(run, "population", seed)
+            results[cell] = write_ap(tmp_path, cell, bbox=value)
+    sentences = read_results(collect_results(study, results, tmp_path))
+    # GN: 10 and 9.
+    assert (
+        'Box AP under "population": GN (+9.5 ± 6.4 points, 2 of 3 seeds) is above BN\'s.'
+    ) in sentences
+    assert "Differences that are of one seed only, and so tell nothing: 1." in sentences
+    write_report(study, results, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "+9.5 ± 6.4 (2 of 3 seeds) above" in page
+    assert "+5.0 (1 of 3 seeds)" in page
+
+
+def test_the_intervals_over_images_are_those_of_the_runs_with_one_seed(tmp_path: Path) -> None:
+    study = make_study(tmp_path, ["BN", "GN", "SyncBN"], [1, 2], probe=True)
+    results = {}
+    for run, seeds in (("BN", (1, 2)), ("GN", (1, 2)), ("SyncBN", (1,))):
+        for seed in seeds:
+            cell = Cell(run, "leak", seed)
+            own = 90 + 0.1 * seed
+            accuracy = {"own_image": own, "own_worker": own, "shuffled": 70, "population": 70}
+            results[cell] = write_probe(tmp_path, cell, accuracy)
+    sentences = read_results(collect_results(study, results, tmp_path))
+    assert (
+        'Leakage in accuracy under "leak", for the weights of one seed of SyncBN (interval over '
+        "images): BN (+20.1 ± 0.6 points), GN (+20.1 ± 0.6 points) and "
+        "SyncBN (+20.1 [19.1, 21.1] points, 1 of 2 seeds) are above zero."
+    ) in sentences
+
+
 def test_one_seed_supports_no_difference_but_a_leak_over_images(tmp_path: Path) -> None:
     study = make_study(tmp_path, ["BN", "GN"], [1], probe=True)
     results = {}

@@ -70,6 +70,15 @@ def test_only_seeds_that_both_have_are_paired() -> None:
     assert found.sign == 0
 
 
+def test_a_difference_that_is_rounding_is_none() -> None:
+    values = {1: 70.1, 2: 71.2, 3: 72.3}
+    found = paired_difference({seed: value + 3e-14 for seed, value in values.items()}, values)
+    assert (found.mean, found.half_width, found.sign) == (0.0, 0.0, 0)
+    found = paired_difference({seed: value + 1e-3 for seed, value in values.items()}, values)
+    assert found.mean == pytest.approx(1e-3)
+    assert found.sign == 1
+
+
 @pytest.mark.parametrize(
     ("values", "number"), [([], 0), ([None, None], 0), ([3.0], 1), ([3.0, None], 1)]
 )

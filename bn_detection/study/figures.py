@@ -70,6 +70,12 @@ def in_words(found: Estimate, places: int = 1) -> str:
     return f"{found.mean:.{places}f} ± {found.half_width:.{places}f}"
 
 
+def fewer_seeds(results: StudyResults, found: Estimate) -> str:
+    """Such as "2 of 3 seeds" where an estimate is over fewer than the study has, else empty."""
+    number = len(results.study.seeds)
+    return f"{found.number} of {number} seeds" if 0 < found.number < number else ""
+
+
 def meaning_of_bars(results: StudyResults, over_images: bool = False) -> str:
     """What the error bars of a figure are."""
     number = len(results.study.seeds)

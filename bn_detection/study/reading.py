@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from .figures import in_words
+from .figures import fewer_seeds, in_words
 from .results import BOX_AP, HEADLINES, LEAKAGES, PHASES, StudyResults, unit
 from .statistics import Estimate, paired_difference
 
@@ -30,6 +30,11 @@ def read_results(results: StudyResults) -> list[str]:
     if len(results.study.seeds) > 1:
         sentences += _runs(results, comparisons)
         sentences += _evaluations(results, comparisons)
+        if comparisons.of_one_seed:
+            sentences.append(
+                "Differences that are of one seed only, and so tell nothing: "
+                f"{comparisons.of_one_seed:,}."
+            )
     else:
         sentences.append(
             "One seed supports no statement about a difference between runs or evaluations: each "
@@ -46,18 +51,25 @@ def read_results(results: StudyResults) -> list[str]:
 
 
 class _Comparisons:
-    """Counts what was compared, and sorts it by what its interval says."""
+    """Counts what was compared, and sorts it by what its interval says.
+
+    Attributes:
+        number: of what chance could have told from zero: not what is zero in every seed.
+        of_one_seed: number of what has no interval.
+    """
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number = self.of_one_seed = 0
 
     def sort(self, found: dict[str, Estimate]) -> dict[int, list[str]]:
         """The names whose estimates are above zero (1), below (-1), or open (0)."""
         told: dict[int, list[str]] = {1: [], -1: [], 0: []}
         for name, estimate in found.items():
             if estimate.sign is not None:
-                self.number += 1
+                self.number += (estimate.low, estimate.high) != (0, 0)
                 told[estimate.sign].append(name)
+            elif estimate.number == 1:
+                self.of_one_seed += 1
         return told
 
 
@@ -100,7 +112,7 @@ def _runs(results: StudyResults, comparisons: _Comparisons) -> Iterator[str]:
             found = {run: results.difference(metric, run, name) for run in others}
             told = comparisons.sort(found)
             where = f"{metric} in the {name}" if name in PHASES else f'{metric} under "{name}"'
-            signed = {run: _signed(found[run], metric) for run in others}
+            signed = {run: _signed(results, found[run], metric) for run in others}
             parts = _parts(told, signed, f"{study.baseline}'s")
             if parts:
                 yield f"{where[0].upper()}{where[1:]}: {'; '.join(parts)}."
@@ -120,7 +132,7 @@ def _evaluations(results: StudyResults, comparisons: _Comparisons) -> Iterator[s
             for name in own[1:]
         }
         told = comparisons.sort(found)
-        signed = {name: _signed(found[name], BOX_AP) for name in found}
+        signed = {name: _signed(results, found[name], BOX_AP) for name in found}
         parts = _parts(told, signed, f'that under "{own[0]}"')
         if parts:
             yield f"Box AP of {run}: {'; '.join(parts)}."
@@ -135,15 +147,21 @@ def _leakages(results: StudyResults, comparisons: _Comparisons) -> Iterator[str]
         for name in results.evaluations(metric):
             found = {run: results.estimate(metric, run, name) for run in results.study.runs}
             told = comparisons.sort(found)
-            signed = {run: _signed(found[run], metric) for run in found}
+            signed = {run: _signed(results, found[run], metric) for run in found}
             parts = _parts(told, signed, "zero")
             if parts:
-                of_one_seed = any(estimate.over == "images" for estimate in found.values())
-                scope = ", for the weights of one seed (interval over images)"
-                yield (
-                    f'{metric[0].upper()}{metric[1:]} under "{name}"'
-                    f"{scope if of_one_seed else ''}: {'; '.join(parts)}."
-                )
+                scope = _scope(found)
+                yield f'{metric[0].upper()}{metric[1:]} under "{name}"{scope}: {"; ".join(parts)}.'
+
+
+def _scope(found: dict[str, Estimate]) -> str:
+    """Whose intervals are over the images of one seed: nobody's, everybody's, or by name."""
+    told = {name: estimate for name, estimate in found.items() if estimate.sign is not None}
+    of_one_seed = [name for name, estimate in told.items() if estimate.over == "images"]
+    if not of_one_seed:
+        return ""
+    whose = f" of {_named(of_one_seed)}" if len(of_one_seed) < len(told) else ""
+    return f", for the weights of one seed{whose} (interval over images)"
 
 
 def _parts(told: dict[int, list[str]], signed: dict[str, str], reference: str) -> list[str]:
@@ -166,10 +184,11 @@ def _named(names: Sequence[str]) -> str:
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
 
 
-def _signed(found: Estimate, metric: str) -> str:
-    """A difference with its sign and interval, such as "+15.0 ± 1.9 points"."""
+def _signed(results: StudyResults, found: Estimate, metric: str) -> str:
+    """A difference with its sign and interval, such as "+15.0 ± 1.9 points, 2 of 3 seeds"."""
     if found.mean is None:
         return "undefined"
     points = "points" if unit(metric) == "%" else unit(metric)
-    text = in_words(found)
-    return f"{'+' if found.mean > 0 else ''}{text} {points}".replace("-", "\N{MINUS SIGN}")
+    text = f"{'+' if found.mean > 0 else ''}{in_words(found)} {points}"
+    fewer = fewer_seeds(results, found)
+    return f"{text}{fewer and ', '}{fewer}".replace("-", "\N{MINUS SIGN}")

@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from ..files import replacing
 from ..page import figure, render
-from .figures import Drawn, draw_all, in_words
+from .figures import Drawn, draw_all, fewer_seeds, in_words
 from .folder import write_json
 from .matrix import Cell, Failure
 from .reading import read_results
@@ -119,12 +119,12 @@ def _entry(results: StudyResults, run: str, metric: str, evaluation: str) -> str
         runs = results.study.runs if evaluation in PHASES else _of(results, evaluation).runs
         done = results.metrics.get(run, {}).get(evaluation)
         return "" if run not in runs or done or evaluation in PHASES else "failed"
-    found = results.estimate(metric, run, evaluation)
-    text = in_words(found, decimals(metric))
-    number = len(results.study.seeds)
-    if found.number == number or found.number == 0:
-        return text
-    return f"{text} ({found.number} of {number} seeds)"
+    return _in_words(results, results.estimate(metric, run, evaluation), metric)
+
+
+def _in_words(results: StudyResults, found: Estimate, metric: str) -> str:
+    text, fewer = in_words(found, decimals(metric)), fewer_seeds(results, found)
+    return f"{text} ({fewer})" if fewer else text
 
 
 def _of(results: StudyResults, evaluation: str) -> Evaluation:
@@ -180,7 +180,7 @@ def _as_rows(results: StudyResults, table: _Table) -> dict[str, Any]:
         for column, metric, evaluation in compared:
             found = results.difference(metric, run, evaluation)
             if run != study.baseline and found.number:
-                text = _with_sign(found, decimals(metric))
+                text = _with_sign(results, found, metric)
                 differences[run, column] = _Entry(text, found.mean, _SIGNS[found.sign])
     names = {
         run: f"{run} (baseline)" if run == study.baseline and len(study.runs) > 1 else run
@@ -216,8 +216,8 @@ def _grid(
     return {"corner": "Run", "head": columns, "rows": rows}
 
 
-def _with_sign(found: Estimate, places: int) -> str:
-    text = in_words(found, places)
+def _with_sign(results: StudyResults, found: Estimate, metric: str) -> str:
+    text = _in_words(results, found, metric)
     return f"{'+' if (found.mean or 0) > 0 else ''}{text}".replace("-", "\N{MINUS SIGN}")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
+_ROUNDING = 1e-9
 
 
 class Estimate(NamedTuple):
@@ -79,7 +80,8 @@ def paired_difference(
         reference: by seed; subtracted.
 
     Returns:
-        The :func:`estimate` of the differences.
+        The :func:`estimate` of the differences, of which those below 1e-9 are rounding, and 0.
     """
     pairs = [(values[seed], reference[seed]) for seed in values if seed in reference]
-    return estimate([a - b for a, b in pairs if a is not None and b is not None])
+    differences = [a - b for a, b in pairs if a is not None and b is not None]
+    return estimate([0.0 if abs(each) < _ROUNDING else each for each in differences])
