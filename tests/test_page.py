@@ -94,7 +94,7 @@ PAGE = """{% extends "base.html.j2" %}
 ROWS = [
     ("run 10", "9.5 ± 1", "9.5"),
     ("Run 2", "10.1 ± 1", "10.1"),
-    ("run 1", "-3", "-3"),
+    ("run 1", "\N{MINUS SIGN}3", "-3"),
     ("other", "", ""),
 ]
 
@@ -142,6 +142,9 @@ def test_rows_are_filtered_by_every_word(chromium: Any, page: Path) -> None:
         assert _names(opened) == ["run 10"]
         assert opened.locator("output").inner_text() == "1 of 4 rows"
         assert opened.locator(".more button").is_hidden()
+        for negative in ("-3", "\N{MINUS SIGN}3"):
+            opened.locator("input").fill(negative)
+            assert _names(opened) == ["run 1"]
         opened.locator("input").fill("")
         assert len(_names(opened)) == 4
 

@@ -275,6 +275,76 @@ def test_recalibrated_statistics_have_their_distance(tmp_path: Path) -> None:
     assert "BN: precise 0.35." in drawn.alt  # sqrt((0.09 + 0.16) / 2)
 
 
+def test_a_layer_without_a_change_is_left_out_of_the_distance(tmp_path: Path) -> None:
+    study = make_study(tmp_path, ["BN", "GN"], [1])
+    study.path.write_text(study.path.read_text() + "  precise: {recalibrate: {}}\n")
+    study = read_study(study.path)
+    layers = {"seen": {"change_of_mean": 0.3}, "odd": {"change_of_mean": None}}
+    for run, changes in (("BN", layers | {"unseen": {"values": 1}}), ("GN", {"unseen": {}})):
+        write_training(tmp_path, run, 1, CURVE)
+        path = tmp_path / run / "seed_1" / "evaluations" / "precise" / "recalibrated.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"layers": changes}))
+    drawn = {each.name: each for each in draw_all(collect_results(study, {}, tmp_path))}
+    assert drawn["ema_against_population"].alt.endswith("BN: precise 0.30.")
+
+
+def test_any_name_can_be_drawn(tmp_path: Path) -> None:
+    runs = ["a$_$b", "_bn", "$x$", "B" * 180]
+    study = make_study(tmp_path, runs, [1, 2], probe=True)
+    results = make_results(tmp_path, study)
+    for run in runs:
+        write_trace(tmp_path, run, 1)
+    write_report(study, results, tmp_path)
+    drawn = {each.name: each for each in draw_all(collect_results(study, results, tmp_path))}
+    (legend,) = drawn["training_curves"].figure.legends
+    shown = [text.get_text().strip().replace(r"\$", "$") for text in legend.get_texts()]
+    assert shown[:3] == runs[:3]
+    assert len(shown[3]) < 60
+    (axes,) = drawn["ap_by_inference"].figure.axes
+    axes.figure.canvas.draw()
+    assert axes.get_position().width > 0.3
+
+
+def test_what_a_kill_left_of_a_training_is_passed_over(tmp_path: Path) -> None:
+    study = make_study(tmp_path, ["BN", "GN"], [1])
+    for run, text in (("BN", ""), ("GN", '{"versions": {"pyth')):
+        place = write_training(tmp_path, run, 1, CURVE, done=False)
+        (place / "versions.json").write_text(text)
+        (place / "config.yaml").write_text("VERSION: 2\n")
+    write_report(study, {}, tmp_path)
+    assert "not recorded" in (tmp_path / "report.html").read_text()
+
+
+def test_a_failure_without_output_says_where_it_would_be(tmp_path: Path) -> None:
+    study = make_study(tmp_path, ["BN"], [1, 2])
+    empty = tmp_path / "empty.log"
+    empty.touch()
+    failures = [Failure("one", empty), Failure("two", tmp_path / "none.log")]
+    write_report(study, {}, tmp_path, failures)
+    page = (tmp_path / "report.html").read_text()
+    for failure in failures:
+        assert f"It left no output in <code>{failure.log}</code>." in page
+
+
+def test_the_csv_file_is_utf_8_in_any_locale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Path.open
+
+    def ascii_by_default(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+        if "b" not in mode:
+            options.setdefault("encoding", "ascii")
+        return opened(path, mode, *args, **options)
+
+    study = make_study(tmp_path, ["größer"], [1])
+    cell = Cell("größer", "population", 1)
+    results = {cell: write_ap(tmp_path, cell, bbox=50)}
+    monkeypatch.setattr(Path, "open", ascii_by_default)
+    write_report(study, results, tmp_path)
+    assert "größer" in (tmp_path / "results.csv").read_bytes().decode()
+
+
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     with open_browser() as browser:
@@ -329,6 +399,16 @@ def test_it_prints(chromium: Any, report: Path, tmp_path: Path) -> None:
         page.pdf(path=path, format="A4")
     number = len(re.findall(rb"/Type\s*/Page\b", path.read_bytes()))
     assert 3 <= number <= 12
+
+
+def test_a_long_name_covers_no_number(chromium: Any, tmp_path: Path) -> None:
+    study = make_study(tmp_path, ["B" * 180, "GN"], [1, 2])
+    write_report(study, make_results(tmp_path, study), tmp_path)
+    with open_page(
+        chromium, tmp_path / "report.html", viewport={"width": 1000, "height": 800}
+    ) as page:
+        for table in page.locator("table.sortable:has(td.number)").all():
+            assert table.locator("tbody th").first.bounding_box()["width"] < 320
 
 
 @pytest.mark.timeout(240)

@@ -26,6 +26,7 @@ MOST_ROWS = 30
 """Runs or evaluations that a figure with a row each shows."""
 _MOST_CURVES = len(COLORS)
 _MOST_PANELS = 4
+_MOST_LETTERS = 48
 _EPS = 1e-5
 
 
@@ -102,7 +103,7 @@ def _over_x_axis(results: StudyResults) -> Drawn | None:
             [float(run) for run in points],
             [point.mean for point in points.values()],
             [point.half_width or 0 for point in points.values()],
-            label=name,
+            label=_label(name),
             color=COLORS[index % len(COLORS)],
             marker=MARKERS[index % len(MARKERS)],
             capsize=3,
@@ -112,7 +113,7 @@ def _over_x_axis(results: StudyResults) -> Drawn | None:
     axes.set_xscale("log")
     axes.set_xticks([float(run) for run in study.runs], list(study.runs))
     axes.minorticks_off()
-    axes.set_xlabel(study.x_axis)
+    axes.set_xlabel(_label(study.x_axis, 80))
     axes.set_ylabel("box AP (%)")
     _legend_above(figure, axes)
     alt = f"Box AP over {study.x_axis}. {' '.join(words)}"
@@ -205,7 +206,7 @@ def _training_curves(results: StudyResults) -> Drawn | None:
             for curve in seeds if len(seeds) > 1 else ():
                 panel.plot(list(curve), list(curve.values()), color=color, linewidth=0.5, alpha=0.4)
             mean = [float(np.mean([curve[i] for curve in seeds])) for i in common]
-            panel.plot(common, mean, color=color, linewidth=1.6, label=run)
+            panel.plot(common, mean, color=color, linewidth=1.6, label=_label(run))
             if mean:
                 ends.append(f"{run}: {mean[-1]:.3g} at iteration {common[-1]}")
         panel.set_xlabel("iteration")
@@ -262,7 +263,10 @@ def _recalibration_distance(folder: Path, evaluation: str) -> float | None:
     if not path.is_file():
         return None
     layers = json.loads(path.read_text())["layers"].values()
-    return float(np.sqrt(np.mean([layer["change_of_mean"] ** 2 for layer in layers])))
+    # A layer that saw fewer than two values has none.
+    changes = [layer.get("change_of_mean") for layer in layers]
+    squares = [change**2 for change in changes if change is not None]
+    return float(np.sqrt(np.mean(squares))) if squares else None
 
 
 def _traces(results: StudyResults) -> Drawn | None:
@@ -284,7 +288,8 @@ def _traces(results: StudyResults) -> Drawn | None:
     for row, (run, (layer, channel, records)) in zip(panels, shown.items(), strict=True):
         for panel, moment in zip(row, ("mean", "var"), strict=True):
             draw_panel(panel, records, moment)
-        row[0].set_title(f"{run}: mean, channel {channel} of {layer}", size=8, loc="left")
+        title = textwrap.fill(f"{run}: mean, channel {channel} of {layer}", 56)
+        row[0].set_title(_label(title, 112), size=8, loc="left")
         row[1].set_title("variance", size=8, loc="left")
         last = {key: value for record in records for key, value in record.items()}
         ends = [
@@ -321,7 +326,7 @@ def _levels(results: StudyResults) -> Drawn | None:
             panel.plot(
                 range(len(distances)),
                 distances,
-                label=layer,
+                label=_label(layer),
                 color=COLORS[index % len(COLORS)],
                 marker=MARKERS[index % len(MARKERS)],
             )
@@ -329,7 +334,7 @@ def _levels(results: StudyResults) -> Drawn | None:
             words.append(f"{title}, {layer}: {numbers}.")
         panel.set_xticks(range(max(map(len, layers.values()))))
         panel.set_xlabel("level")
-        panel.set_title(textwrap.fill(title, 34), size=8, loc="left")
+        panel.set_title(_label(textwrap.fill(title, 34), 100), size=8, loc="left")
     panels[0][0].set_ylabel("distance of the means\n(standard deviations)")
     _legend_above(figure, panels[0][0])
     caption = (
@@ -399,16 +404,23 @@ def _dots(axes: Axes, places: dict[str, dict[str, Estimate]]) -> None:
             means,
             [y for _, y in points],
             xerr=np.abs(ends.T - means),
-            label=mark,
+            label=_label(mark),
             color=COLORS[index % len(COLORS)],
             marker=MARKERS[index % len(MARKERS)],
             markersize=5.5,
             linestyle="none",
             capsize=2.5,
         )
-    axes.set_yticks(range(len(places)), list(places))
+    axes.set_yticks(range(len(places)), map(_label, places))
     axes.set_ylim(len(places) - 0.5, -0.5)
     axes.grid(False, axis="y")
+
+
+def _label(text: str, letters: int = _MOST_LETTERS) -> str:
+    """A text as matplotlib shows it: short, not as mathematics, and not left out of a legend."""
+    if len(text) > letters:
+        text = f"{text[: letters // 2]}\N{HORIZONTAL ELLIPSIS}{text[-(letters // 2) :]}"
+    return f"{' ' if text.startswith('_') else ''}{text}".replace("$", r"\$")
 
 
 def _legend_above(figure: Figure, axes: Axes) -> None:

@@ -145,7 +145,7 @@ def _page(
         reading=reading,
         tables=[_as_rows(results, table) for table in _tables(results)],
         figures=[figure(drawn.figure, drawn.alt, drawn.caption) for drawn in figures],
-        failures=[(failure.title, _tail(failure.log)) for failure in failures],
+        failures=[(failure.title, failure.log, _tail(failure.log)) for failure in failures],
         facts=_facts(results),
         runs=list(_describe_runs(results)),
         evaluations=list(_describe_evaluations(study)),
@@ -225,8 +225,9 @@ def _facts(results: StudyResults) -> list[tuple[str, str]]:
     """What the study ran with, as name and value."""
     study = results.study
     trainings = list(results.trainings.values())
-    one_each = {run: training for (run, _), training in results.trainings.items()}
-    configs = [config for training in one_each.values() if (config := training.read_config())]
+    # What a training that was killed left of its config may be cut short.
+    done = {run: each for (run, _), each in results.trainings.items() if each.seconds is not None}
+    configs = [config for training in done.values() if (config := training.read_config())]
     seconds = [training.seconds for training in trainings if training.seconds is not None]
     facts = [
         ("Seeds", ", ".join(map(str, study.seeds))),
@@ -327,7 +328,7 @@ def _save(drawn: Drawn, folder: Path) -> None:
 
 
 def _write_csv(path: Path, results: StudyResults) -> None:
-    with replacing(path) as partial, partial.open("w", newline="") as file:
+    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("run", "evaluation", "seed", "metric", "value"))
         for metric, places in results.values.items():

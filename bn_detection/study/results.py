@@ -208,8 +208,11 @@ def _read_training(folder: Path) -> Training:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The content of a file; empty where there is none."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """The content of a file; empty where there is none, or where a kill cut it short."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
 
 
 def _read_curves(path: Path) -> dict[str, dict[int, float]]:

@@ -38,7 +38,7 @@ class Rows {
   }
 
   matches(row) {
-    this.texts ??= new Map(this.all.map((each) => [each, each.textContent.toLowerCase()]));
+    this.texts ??= new Map(this.all.map((each) => [each, typed(each.textContent)]));
     return this.words.every((word) => this.texts.get(row).includes(word));
   }
 
@@ -51,6 +51,11 @@ class Rows {
     this.all = keyed.map(([, row]) => row);
     this.show();
   }
+}
+
+/** A text as it is typed: in small letters, with the keyboard's minus sign. */
+function typed(text) {
+  return text.toLowerCase().replaceAll("\u2212", "-");
 }
 
 /** What a row sorts by: the data-value of its cell or the text, as a number if it is one. */
@@ -89,7 +94,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
 for (const input of document.querySelectorAll("input.filter")) {
   const rows = rowsOf.get(document.getElementById(input.dataset.table));
   input.addEventListener("input", () => {
-    rows.words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
+    rows.words = typed(input.value).split(/\s+/).filter(Boolean);
     rows.show();
   });
 }
