@@ -24,7 +24,7 @@ from bn_detection.study.display import Display, Running
 from bn_detection.study.executors import LocalExecutor
 from bn_detection.study.folder import claimed
 from bn_detection.study.process import run_and_record, write_json
-from bn_detection.study.scheduler import execute
+from bn_detection.study.scheduler import FolderError, execute
 from bn_detection.study.study_file import Study
 
 HERE = Path(__file__).parent
@@ -229,15 +229,34 @@ def test_a_folder_that_is_removed_ends_what_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_a_full_disk_ends_the_study_with_a_clear_error(tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_study_with_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     notes = tmp_path / "notes"
     full = task(tmp_path, "full", "raise OSError(28, 'No space left on device')")
     other = task(tmp_path, "other", appending(notes, "other "))
-    with pytest.raises(RuntimeError, match=r"the disk is full.*free some space"):
+
+    def fsync(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(FolderError, match=r"is full.*free some"):
+        patch.setattr(os, "fsync", fsync)
         execute([full, other], LocalExecutor())
     full.command[-1] = appending(notes, "full ")
     assert execute([full, other], LocalExecutor()) == []
     assert notes.read_text() == "full other "
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("code", ["raise OSError(28, 'No space left on device')", "exit(28)"])
+def test_another_full_disk_is_a_failure_of_a_task(code: str, tmp_path: Path) -> None:
+    """Such as /tmp, or /dev/shm."""
+    full = task(tmp_path, "full", f"import sys; exit = sys.exit; {code}")
+    other = task(tmp_path, "other", "pass")
+    assert execute([full, other], LocalExecutor()) == [full]
+    assert other.record.exists()
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["full.log", "full.seconds", "other.json", "other.log"]
 
 
 @pytest.fixture

@@ -6,8 +6,10 @@ import errno
 import json
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from .display import Display, Running
 from .executors import Executor
@@ -16,7 +18,12 @@ from .matrix import Task
 
 _TAIL_LINES = 30
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_ROOM_BYTES = 1 << 26
 _CHECK_SECONDS = 1.0
+
+
+class FolderError(RuntimeError):
+    """Nothing more can be written into the folder of a study."""
 
 
 def execute(
@@ -41,7 +48,7 @@ def execute(
         The tasks that failed or were left out, in the order of ``tasks``.
 
     Raises:
-        RuntimeError: the disk is full, or the folder was removed. What ran has been ended.
+        FolderError: the disk is full, or the folder was removed. What ran has been ended.
         KeyboardInterrupt: Ctrl-C, likewise.
     """
     scheduler = _Scheduler(tasks, executor, claim, display or Display())
@@ -134,8 +141,10 @@ class _Scheduler:
             f"error: {self._titles[task]} failed ({status}); the end of {log}:\n{tail}\n",
             flush=True,
         )
-        if status in _FULL or any(os.strerror(number) in tail for number in _FULL):
-            raise RuntimeError(
+        told = status in _FULL or any(os.strerror(number) in tail for number in _FULL)
+        # It may have been another disk, such as /tmp or /dev/shm.
+        if told and _is_full(task.record.parent):
+            raise FolderError(
                 f"{task.record.parent}: the disk is full. What is done is whole; free some space, "
                 "and the same command goes on from here."
             )
@@ -145,7 +154,7 @@ class _Scheduler:
             return
         self._checked = time.monotonic()
         if self._claim and not self._claim.holds():
-            raise RuntimeError(
+            raise FolderError(
                 f"{self._claim.folder} was removed, or made anew, while it ran. What ran has "
                 "been ended; the same command starts afresh."
             )
@@ -176,3 +185,17 @@ class _Scheduler:
             left += max(statistics.mean(of_kind[task.kind]) - passed, 0.0)
         minutes = left / min(self._executor.jobs, len(missing)) / 60
         return f"about {max(minutes, 1):.0f} min left"
+
+
+def _is_full(folder: Path) -> bool:
+    """Whether a checkpoint would not fit into a folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            # Zeros take no room where the file system compresses.
+            file.write(os.urandom(_ROOM_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.errno in _FULL
+    return False
