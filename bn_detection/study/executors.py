@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import hashlib
 import importlib
+import io
 import json
 import os
 import re
@@ -22,13 +24,29 @@ import yaml
 
 from ..config import ConfigError
 from . import process
+from .folder import SLURM_FOLDER
 from .matrix import Task
 
 EXECUTORS = ("local", "slurm")
 _TERMINATE_SECONDS = 10.0
 _SQUEUE_SECONDS = 5.0
+# NFS shows what another machine has written some 60 seconds later.
+_RECORD_SECONDS = 90.0
+_TAIL_LINES = 8
 # A day: submitit's own default of five minutes would end nearly every training.
 _TIMEOUT_MIN = 1440
+
+
+class SubmissionError(RuntimeError):
+    """Slurm did not take a job, or did not answer; later it may."""
+
+
+def is_done(task: Task) -> bool:
+    """Whether a task has its record, also if another machine wrote it just now."""
+    # NFS remembers for a minute that a file was missing, unless its folder is listed.
+    with contextlib.suppress(FileNotFoundError):
+        os.listdir(task.record.parent)
+    return task.record.is_file()
 
 
 class Executor(Protocol):
@@ -51,13 +69,16 @@ class Executor(Protocol):
         Args:
             task: to start; there must be a free place.
             keep: file descriptors that it keeps open, if it runs on this machine.
+
+        Raises:
+            SubmissionError: it may be started later.
         """
 
     def status(self, task: Task) -> int | None:
         """The exit status of a task that was started or found; None while it runs."""
 
-    def log(self, task: Task) -> Path:
-        """The file that says why a task failed."""
+    def explain(self, task: Task) -> None:
+        """Add to the log of a task that failed what it does not say itself."""
 
     def leave(self) -> str:
         """Stop watching. What goes on without the runner, and how to end it, for people."""
@@ -88,6 +109,7 @@ class LocalExecutor:
         jobs: tasks at once; None for as many as there are cores, or GPUs, for the workers of each.
         workers: the most processes of a task.
         device: MODEL.DEVICE of the tasks.
+        folder: of the study, from which jobs of Slurm may have been submitted.
 
     Raises:
         ConfigError: there are fewer GPUs than these tasks need at once.
@@ -101,7 +123,9 @@ class LocalExecutor:
         *,
         workers: int = 1,
         device: str = "cpu",
+        folder: Path | None = None,
     ) -> None:
+        self._folder = folder
         gpus = _gpus() if torch.device(device).type == "cuda" else []
         self.jobs = jobs or max(1, (len(gpus) or _cores()) // workers)
         if gpus and self.jobs * workers > len(gpus) and self.jobs > 1:
@@ -114,8 +138,30 @@ class LocalExecutor:
         self._running: dict[Task, tuple[subprocess.Popen[bytes], list[str]]] = {}
 
     def find(self, tasks: Collection[Task]) -> dict[Task, str]:
-        """None: they ended with the runner that started them."""
+        """None: they ended with the runner that started them.
+
+        Raises:
+            ConfigError: jobs of Slurm do some of them, or squeue cannot say whether they do.
+        """
+        missing = [task for task in tasks if not is_done(task)]
+        if missing and self._folder and (self._folder / SLURM_FOLDER).exists():
+            self._refuse_jobs(missing)
         return {}
+
+    def _refuse_jobs(self, tasks: Collection[Task]) -> None:
+        start = f"--executor local: jobs of Slurm were submitted from {self._folder}"
+        try:
+            queue = _squeue()
+        except SubmissionError as error:
+            raise ConfigError(
+                f"{start}, and whether they go on is not known ({error}). Start it where squeue "
+                f"answers, or, if none goes on, remove {self._folder / SLURM_FOLDER}."
+            ) from error
+        jobs = " ".join(queue[name] for name in map(_job_name, tasks) if name in queue)
+        if jobs:
+            raise ConfigError(
+                f"{start}, and {jobs} go on: give --executor slurm, or end them: scancel {jobs}."
+            )
 
     def start(self, task: Task, keep: Sequence[int] = ()) -> None:
         """Start a task; there must be a free place."""
@@ -141,9 +187,8 @@ class LocalExecutor:
             del self._running[task]
         return status
 
-    def log(self, task: Task) -> Path:
-        """The task's own."""
-        return task.log
+    def explain(self, task: Task) -> None:
+        """Nothing: its log has all."""
 
     def leave(self) -> str:
         """End everything that runs; nothing goes on."""
@@ -211,7 +256,7 @@ class SlurmExecutor:
     ) -> None:
         submitit = _import_submitit()
         self.jobs = jobs or sys.maxsize
-        self._folder = folder.absolute() / "slurm"
+        self._folder = folder.absolute() / SLURM_FOLDER
         given = {"cpus_per_task": workers, "timeout_min": _TIMEOUT_MIN, **(parameters or {})}
         for key in ("nodes", "tasks_per_node"):
             if given.get(key, 1) != 1:
@@ -232,37 +277,58 @@ class SlurmExecutor:
         self._asked = 0.0
 
     def find(self, tasks: Collection[Task]) -> dict[Task, str]:
-        """Those of ``tasks`` that have a job in the queue, and which."""
-        self._queue = self._ask()
+        """Those of ``tasks`` that have a job in the queue, and which.
+
+        Raises:
+            SubmissionError: squeue failed.
+        """
+        self._ask()
         names = {task: _job_name(task) for task in tasks}
         found = {task: self._queue[n] for task, n in names.items() if n in self._queue}
         self._ids.update(found)
         return {task: f"Slurm job {job_id}" for task, job_id in found.items()}
 
     def start(self, task: Task, keep: Sequence[int] = ()) -> None:
-        """Submit a task."""
+        """Submit a task.
+
+        Raises:
+            SubmissionError: sbatch failed.
+        """
         self._submitit.update_parameters(name=_job_name(task))
         command = [sys.executable, process.__file__, _specification(task, None, ())]
-        job = self._submitit.submit(subprocess.check_call, command)
+        try:
+            # It prints what it raises.
+            with contextlib.redirect_stderr(io.StringIO()):
+                job = self._submitit.submit(subprocess.check_call, command)
+        except RuntimeError as error:
+            raise SubmissionError(f"--executor slurm: sbatch failed: {error}") from error
         self._ids[task] = job.job_id
         self._queue[_job_name(task)] = job.job_id
 
     def status(self, task: Task) -> int | None:
         """0 once a task has its record, 1 if it has none and left the queue; else None."""
         if time.monotonic() - self._asked > _SQUEUE_SECONDS:
-            self._queue = self._ask()
-        if task.record.is_file():
+            # Slurm's controller may be away for minutes: its jobs go on.
+            with contextlib.suppress(SubmissionError):
+                self._ask()
+        if is_done(task):
             return 0
         if _job_name(task) in self._queue:
             return None
-        # What a node has written can be seen here some seconds later.
         gone = self._gone.setdefault(task, time.monotonic())
-        return 1 if time.monotonic() - gone > _SQUEUE_SECONDS else None
+        return 1 if time.monotonic() - gone > _RECORD_SECONDS else None
 
-    def log(self, task: Task) -> Path:
-        """The task's own, or that of its job, if that failed before."""
+    def explain(self, task: Task) -> None:
+        """Add the end of what its job said, such as that it met its time limit."""
         of_job = self._folder / f"{self._ids[task]}_0_log.err"
-        return task.log if task.log.exists() else of_job
+        # It may not be there, and the disk may be full.
+        with contextlib.suppress(OSError):
+            lines = of_job.read_text(errors="replace").splitlines()
+            # Without the inside of submitit's traceback.
+            lines = [line for line in lines if not line.startswith(" ")][-_TAIL_LINES:]
+            task.log.parent.mkdir(parents=True, exist_ok=True)
+            with task.log.open("a") as file:
+                print(f"\nThe end of {of_job}:", *lines, sep="\n", file=file)
 
     def leave(self) -> str:
         """Leave the jobs to Slurm."""
@@ -284,19 +350,21 @@ class SlurmExecutor:
         names = [_job_name(task) for task in self._ids if not task.record.is_file()]
         return [self._queue[name] for name in names if name in self._queue]
 
-    def _ask(self) -> dict[str, str]:
-        """The id of each job of this user that waits or runs, by name."""
-        command = ["squeue", "--noheader", "--user", getpass.getuser(), "--format", "%i %j"]
-        first = not self._asked
-        asked = subprocess.run(command, capture_output=True, text=True)
+    def _ask(self) -> None:
         self._asked = time.monotonic()
-        if asked.returncode:
-            # Slurm's controller may be away for minutes: its jobs go on.
-            if first:
-                raise ConfigError(f"--executor slurm: squeue failed: {asked.stderr.strip()}")
-            return self._queue
-        lines = (line.split(maxsplit=1) for line in asked.stdout.splitlines())
-        return {name: job_id for job_id, name in lines}
+        self._queue = _squeue()
+
+
+def _squeue() -> dict[str, str]:
+    """The id of each job of this user that waits or runs, by name."""
+    command = ["squeue", "--noheader", "--user", getpass.getuser(), "--format", "%i %j"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", "").strip() or error
+        raise SubmissionError(f"squeue failed: {reason}") from error
+    lines = (line.split(maxsplit=1) for line in asked.stdout.splitlines())
+    return {name: job_id for job_id, name in lines}
 
 
 def _import_submitit() -> ModuleType:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..config import ConfigError
-from .executors import EXECUTORS, Executor, LocalExecutor, SlurmExecutor, parse_slurm
+from .executors import EXECUTORS, Executor, LocalExecutor, SlurmExecutor, is_done, parse_slurm
 from .folder import check_folder, claimed
 from .matrix import Failure, Plan, Task, plan
 from .report import write_report
@@ -74,9 +74,7 @@ def run_study(
         failed = execute(planned.tasks, runs_tasks, claim)
         done = {cell: path for cell, (task, path) in planned.results.items() if task not in failed}
         # Those that were left out for what they need have no log.
-        failures = [
-            Failure(task.title, runs_tasks.log(task)) for task in failed if task.needs not in failed
-        ]
+        failures = [Failure(task.title, task.log) for task in failed if task.needs not in failed]
         numbers = write_report(study, done, folder, failures)
     print(f"\nDone in {time.monotonic() - start:.0f} s. Numbers: {numbers}")
     if failed:
@@ -115,17 +113,18 @@ def _executor(
         return SlurmExecutor(folder, jobs, workers=workers, parameters=parameters)
     devices = {torch.device(cfg.MODEL.DEVICE).type for cfg in planned.configs.values()}
     device = "cuda" if "cuda" in devices else "cpu"
-    return LocalExecutor(jobs, workers=workers, device=device)
+    return LocalExecutor(jobs, workers=workers, device=device, folder=folder)
 
 
 def _list_tasks(tasks: Sequence[Task], executor: Executor) -> None:
     """What is done, what runs, and what is missing."""
-    goes_on = executor.find([task for task in tasks if not task.record.is_file()])
+    # In this order: a job that ends meanwhile is done.
+    states = executor.find(tasks)
+    done = {task: "done" for task in tasks if is_done(task)}
+    states |= done
     for number, task in enumerate(tasks, 1):
-        state = "done" if task.record.is_file() else goes_on.get(task, "missing")
-        print(f"[{number} of {len(tasks)}] {task.title}: {state}")
-    done = sum(task.record.is_file() for task in tasks)
-    print(f"\n{done} of {len(tasks)} tasks are done. Nothing was run.")
+        print(f"[{number} of {len(tasks)}] {task.title}: {states.get(task, 'missing')}")
+    print(f"\n{len(done)} of {len(tasks)} tasks are done. Nothing was run.")
 
 
 @contextmanager

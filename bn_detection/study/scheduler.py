@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .display import Display, Running
-from .executors import Executor
+from .executors import Executor, SubmissionError, is_done
 from .folder import Claim
 from .matrix import Task
 
@@ -20,6 +20,7 @@ _TAIL_LINES = 30
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _ROOM_BYTES = 1 << 26
 _CHECK_SECONDS = 1.0
+_RETRY_SECONDS = 60.0
 
 
 class FolderError(RuntimeError):
@@ -36,7 +37,8 @@ def execute(
     """Run the tasks that have no record yet, each once what it needs is done.
 
     A task that fails is shown with the end of its log. Those that need it are left out, and the
-    others go on.
+    others go on. A task that cannot be submitted is tried again every minute, unless it is the
+    first of all: then something is wrong for good.
 
     Args:
         tasks: each after the one that it needs.
@@ -49,7 +51,8 @@ def execute(
 
     Raises:
         FolderError: the disk is full, or the folder was removed. What ran has been ended.
-        KeyboardInterrupt: Ctrl-C, likewise.
+        SubmissionError: nothing could be submitted.
+        KeyboardInterrupt: Ctrl-C. As after any other error, jobs of Slurm go on.
     """
     scheduler = _Scheduler(tasks, executor, claim, display or Display())
     try:
@@ -64,8 +67,12 @@ def execute(
             flush=True,
         )
         raise
-    except BaseException:
+    except FolderError:
         executor.cancel()
+        raise
+    except BaseException:
+        if left := executor.leave():
+            print(f"\nEnded by an error. {left}", flush=True)
         raise
     return [task for task in tasks if task in scheduler.failed]
 
@@ -89,16 +96,12 @@ class _Scheduler:
         self._waiting = list(tasks)
         self._running: dict[Task, Running] = {}
         self._checked = time.monotonic()
+        self._any_started = False
+        # When to try again what could not be submitted.
+        self._next_try: float | None = None
 
     def run(self) -> None:
-        for task in [task for task in self._waiting if task.record.is_file()]:
-            self._waiting.remove(task)
-            self._read_record(task)
-            self._say(task, "done before")
-        for task, name in self._executor.find(self._waiting).items():
-            self._waiting.remove(task)
-            self._running[task] = Running(self._titles[task], task.log)
-            self._say(task, f"goes on as {name}")
+        self._look()
         while self._waiting or self._running:
             self._start()
             self._check_folder()
@@ -107,10 +110,39 @@ class _Scheduler:
                 if status is not None:
                     self._end(task, self._running.pop(task), status)
             self.display.show(list(self._running.values()), self._state())
-            if self._running:
+            if self._running or self._next_try:
                 time.sleep(self._executor.seconds_between_polls)
 
+    def _look(self) -> None:
+        """Set aside, of the tasks that wait, those that are done or go on."""
+        # A job writes its record before it leaves the queue, so records are looked at last.
+        found = self._executor.find(self._waiting)
+        for task in list(self._waiting):
+            if is_done(task):
+                self._waiting.remove(task)
+                self._read_record(task)
+                self._say(task, "done before")
+            elif task in found:
+                self._set_running(task)
+                self._say(task, f"goes on as {found[task]}")
+
     def _start(self) -> None:
+        if self._next_try and time.monotonic() < self._next_try:
+            return
+        try:
+            if self._next_try:
+                # Of a submission that failed for want of an answer, the job may be there.
+                self._look()
+            self._start_ready()
+            self._next_try = None
+        except SubmissionError as error:
+            if not self._any_started:
+                raise
+            if not self._next_try:
+                print(f"{error}; tried again every {_RETRY_SECONDS:.0f} s", flush=True)
+            self._next_try = time.monotonic() + _RETRY_SECONDS
+
+    def _start_ready(self) -> None:
         for task in list(self._waiting):
             if task.needs in self.failed:
                 self._waiting.remove(task)
@@ -120,12 +152,16 @@ class _Scheduler:
                 task.needs is None or task.needs in self.seconds
             ):
                 left = self._time_left()
-                print(f"{self._titles[task]}{f' (study: {left})' if left else ''}", flush=True)
                 # What an earlier attempt said is not news.
                 task.log.unlink(missing_ok=True)
                 self._executor.start(task, (self._claim.descriptor,) if self._claim else ())
-                self._waiting.remove(task)
-                self._running[task] = Running(self._titles[task], task.log)
+                print(f"{self._titles[task]}{f' (study: {left})' if left else ''}", flush=True)
+                self._set_running(task)
+
+    def _set_running(self, task: Task) -> None:
+        self._waiting.remove(task)
+        self._running[task] = Running(self._titles[task], task.log)
+        self._any_started = True
 
     def _end(self, task: Task, running: Running, status: int) -> None:
         if status == 0:
@@ -134,11 +170,11 @@ class _Scheduler:
             return
         self._check_folder(at_once=True)
         self.failed.add(task)
-        log = self._executor.log(task)
-        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        self._executor.explain(task)
+        lines = task.log.read_text(errors="replace").splitlines() if task.log.exists() else []
         tail = "\n".join(lines[-_TAIL_LINES:])
         print(
-            f"error: {self._titles[task]} failed ({status}); the end of {log}:\n{tail}\n",
+            f"error: {self._titles[task]} failed ({status}); the end of {task.log}:\n{tail}\n",
             flush=True,
         )
         told = status in _FULL or any(os.strerror(number) in tail for number in _FULL)
