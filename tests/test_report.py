@@ -408,7 +408,7 @@ def test_a_long_name_covers_no_number(chromium: Any, tmp_path: Path) -> None:
         chromium, tmp_path / "report.html", viewport={"width": 1000, "height": 800}
     ) as page:
         for table in page.locator("table.sortable:has(td.number)").all():
-            assert table.locator("tbody th").first.bounding_box()["width"] < 320
+            assert table.locator("tbody th").first.bounding_box()["width"] < 400
 
 
 @pytest.mark.timeout(240)
