@@ -131,6 +131,9 @@ def test_gpus_are_divided_among_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert third in (first, second)
     with pytest.raises(ConfigError, match=r"--jobs 3 with 2 worker.*needs 6 GPUs; there are 4"):
         LocalExecutor(3, workers=2, device="cuda")
+    for jobs in (None, 1):
+        with pytest.raises(ConfigError, match=r"of 8 workers.* there are 4: write workers: 4"):
+            LocalExecutor(jobs, workers=8, device="cuda")
 
 
 RUNNER = """

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 from study_tasks import appending, task
@@ -18,7 +18,7 @@ from test_study_execution import wait_for
 from bn_detection.config import ConfigError
 from bn_detection.study import executors, scheduler
 from bn_detection.study.display import Display
-from bn_detection.study.executors import LocalExecutor, SlurmExecutor, SubmissionError
+from bn_detection.study.executors import LocalExecutor, SlurmExecutor, SubmissionError, parse_slurm
 from bn_detection.study.folder import Claim
 from bn_detection.study.matrix import Task, plan
 from bn_detection.study.runner import run_study
@@ -299,6 +299,53 @@ def test_a_local_start_is_refused_where_jobs_go_on(slurm: FakeSlurm, tmp_path: P
     (slurm.folder / "away").unlink()
     (slurm.folder / "queue").write_text("")
     run_study(path, folder, dry_run=True)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value"),
+    [
+        ("timeout_min=2880", 2880),
+        ("account=012345", "012345"),
+        ("account=2024_01", "2024_01"),
+        ("constraint=[a|b]", "[a|b]"),
+        ("constraint=*x", "*x"),
+        ("qos=no", "no"),
+        ("comment=a=b: c", "a=b: c"),
+        ("exclusive=true", True),
+        ("use_srun=false", False),
+        ("mem_gb=1.5", 1.5),
+        ('setup=["module load cuda"]', ["module load cuda"]),
+        ('additional_parameters={"gpus": 8}', {"gpus": 8}),
+    ],
+)
+def test_the_value_of_a_parameter_is_what_was_written(parameter: str, value: object) -> None:
+    (parsed,) = parse_slurm([parameter]).values()
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "words"),
+    [("time=24:00:00", "timeout_min=MINUTES"), ("setup=module load cuda", "setup takes JSON")],
+)
+def test_a_parameter_with_a_value_of_another_kind_is_refused(parameter: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"--slurm {parameter}: .*{words}"):
+        parse_slurm([parameter])
+
+
+def test_jobs_of_cuda_ask_for_gpus(slurm: FakeSlurm, tmp_path: Path) -> None:
+    given: list[dict[str, Any]] = [
+        {"gpus_per_node": 8},
+        {"gres": "gpu:8"},
+        {"additional_parameters": {"gpus": 8}},
+    ]
+    for parameters in given:
+        SlurmExecutor(tmp_path, device="cuda", parameters=parameters)
+    with pytest.raises(ConfigError, match="no GPU: add --slurm gpus_per_node=8, or MODEL"):
+        SlurmExecutor(tmp_path, workers=8, device="cuda", parameters={"mem_per_gpu": "8GB"})
+    text = STUDY.replace("seeds", "overrides: {MODEL.DEVICE: cuda}\nseeds")
+    with pytest.raises(ConfigError, match="no GPU"):
+        run_study(write(tmp_path, text), tmp_path / "output", executor="slurm", dry_run=True)
 
 
 def test_parameters_go_to_slurm_or_are_refused(tmp_path: Path) -> None:

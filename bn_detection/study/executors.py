@@ -20,7 +20,6 @@ from types import ModuleType
 from typing import Any, Protocol
 
 import torch
-import yaml
 
 from ..config import ConfigError
 from . import process
@@ -35,6 +34,9 @@ _RECORD_SECONDS = 90.0
 _TAIL_LINES = 8
 # A day: submitit's own default of five minutes would end nearly every training.
 _TIMEOUT_MIN = 1440
+# Of submitit, those whose values are no text; and those that give a job GPUs.
+_JSON_KEYS = ("mem_gb", "setup", "teardown", "srun_args", "additional_parameters")
+_GPU_KEYS = {"gpus", "gpus_per_node", "gpus_per_task", "num_gpus", "gres"}
 
 
 class SubmissionError(RuntimeError):
@@ -128,7 +130,13 @@ class LocalExecutor:
         self._folder = folder
         gpus = _gpus() if torch.device(device).type == "cuda" else []
         self.jobs = jobs or max(1, (len(gpus) or _cores()) // workers)
-        if gpus and self.jobs * workers > len(gpus) and self.jobs > 1:
+        if gpus and workers > len(gpus):
+            raise ConfigError(
+                f"The study has tasks of {workers} workers, which need a GPU each; there are "
+                f"{len(gpus)}: write workers: {len(gpus)} into its file (BN.VIRTUAL_WORKERS lets "
+                f"them stand for {workers}), or add MODEL.DEVICE cpu."
+            )
+        if gpus and self.jobs * workers > len(gpus):
             raise ConfigError(
                 f"--jobs {self.jobs} with {workers} worker(s) each needs {self.jobs * workers} "
                 f"GPUs; there are {len(gpus)}: give at most --jobs {max(1, len(gpus) // workers)}."
@@ -236,6 +244,7 @@ class SlurmExecutor:
         folder: of the study; submitit's files go to ``slurm`` in it.
         jobs: jobs in the queue at once; None for all that can run.
         workers: the most processes of a task, and so the default of ``cpus_per_task``.
+        device: MODEL.DEVICE of the tasks.
         parameters: of submitit's ``AutoExecutor``, those of Slurm without their ``slurm_``.
         cluster: of submitit: "slurm", or "local" in tests.
 
@@ -251,6 +260,7 @@ class SlurmExecutor:
         jobs: int | None = None,
         *,
         workers: int = 1,
+        device: str = "cpu",
         parameters: Mapping[str, Any] | None = None,
         cluster: str = "slurm",
     ) -> None:
@@ -265,12 +275,18 @@ class SlurmExecutor:
                     "Leave it out."
                 )
         generic = ("cpus_per_task", "timeout_min", "gpus_per_node", "mem_gb")
-        given = {k if k in generic else f"slurm_{k}": v for k, v in given.items()}
+        named = {k if k in generic else f"slurm_{k}": v for k, v in given.items()}
         try:
             self._submitit = submitit.AutoExecutor(self._folder, cluster=cluster)
-            self._submitit.update_parameters(**given)
-        except (AssertionError, NameError, RuntimeError, ValueError) as error:
+            self._submitit.update_parameters(**named)
+        except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as error:
             raise ConfigError(f"--executor slurm: {error}") from error
+        keys = {*given, *(k.replace("-", "_") for k in given.get("additional_parameters", ()))}
+        if torch.device(device).type == "cuda" and not keys & _GPU_KEYS:
+            raise ConfigError(
+                f"--executor slurm: MODEL.DEVICE is {device}, and the jobs ask for no GPU: add "
+                f"--slurm gpus_per_node={workers}, or MODEL.DEVICE cpu."
+            )
         self._ids: dict[Task, str] = {}
         self._gone: dict[Task, float] = {}
         self._queue: dict[str, str] = {}
@@ -383,13 +399,25 @@ def _job_name(task: Task) -> str:
 
 
 def parse_slurm(parameters: Sequence[str]) -> dict[str, Any]:
-    """The values of ``--slurm KEY=VALUE ...``.
+    """The values of ``--slurm KEY=VALUE ...``: whole numbers, true, false, or text as it is given.
 
     Raises:
-        ConfigError: one of them has no ``=``.
+        ConfigError: one of them has no ``=``, or no value of its key.
     """
-    for parameter in parameters:
-        if "=" not in parameter:
-            raise ConfigError(f"--slurm {parameter}: write KEY=VALUE, such as partition=gpu.")
-    pairs = (parameter.split("=", 1) for parameter in parameters)
-    return {key: yaml.safe_load(value) for key, value in pairs}
+    return dict(map(_parse_parameter, parameters))
+
+
+def _parse_parameter(parameter: str) -> tuple[str, Any]:
+    key, equals, text = parameter.partition("=")
+    if not equals:
+        raise ConfigError(f"--slurm {parameter}: write KEY=VALUE, such as partition=gpu.")
+    if key == "time":
+        raise ConfigError(f"--slurm {parameter}: write timeout_min=MINUTES.")
+    if key in _JSON_KEYS:
+        try:
+            return key, json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"--slurm {parameter}: {key} takes JSON ({error}).") from error
+    if re.fullmatch("0|[1-9][0-9]*", text):
+        return key, int(text)
+    return key, {"true": True, "false": False}.get(text, text)

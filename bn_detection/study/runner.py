@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -108,11 +107,11 @@ def _executor(
     if slurm and name != "slurm":
         raise ConfigError(f"--slurm {' '.join(slurm)}: give --executor slurm too.")
     workers = max(study.workers, *(e.workers for e in study.evaluations.values()))
-    if name == "slurm":
-        parameters: dict[str, Any] = parse_slurm(slurm)
-        return SlurmExecutor(folder, jobs, workers=workers, parameters=parameters)
     devices = {torch.device(cfg.MODEL.DEVICE).type for cfg in planned.configs.values()}
     device = "cuda" if "cuda" in devices else "cpu"
+    if name == "slurm":
+        parameters = parse_slurm(slurm)
+        return SlurmExecutor(folder, jobs, workers=workers, device=device, parameters=parameters)
     return LocalExecutor(jobs, workers=workers, device=device, folder=folder)
 
 
