@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import re
 import time
@@ -122,6 +123,26 @@ def test_probes_have_a_table_and_differences_by_hand(tmp_path: Path) -> None:
     assert rows[0] == ["run", "evaluation", "seed", "metric", "value"]
     assert ["BN", "leak", "2", "accuracy, shuffled", "74"] in rows
     assert ["ShuffleBN", "leak", "2", "inconsistency in accuracy", "2"] in rows
+
+
+def test_a_table_has_the_runs_that_have_an_evaluation_of_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    study = make_study(tmp_path, ["BN", "none"], [1], head="baseline: BN")
+    path = tmp_path / "small.yaml"
+    path.write_text(f"{path.read_text()}  leak: {{runs: [BN], probe: {{}}}}\n")
+    study = read_study(path)
+    ap, leak = Cell("none", "population", 1), Cell("BN", "leak", 1)
+    accuracy = {"own_image": 0, "own_worker": 1, "shuffled": 2, "population": 3}
+    results = {ap: write_ap(tmp_path, ap, bbox=5), leak: write_probe(tmp_path, leak, accuracy)}
+    write_report(study, results, tmp_path)
+    of_ap, of_probe, *_ = capfd.readouterr().out.split("Probe")
+    assert "none" in of_ap
+    assert "BN" in of_probe and "none" not in of_probe
+    page = html.unescape((tmp_path / "report.html").read_text())
+    of_probe = page[page.index('Probe "leak": accuracy') : page.index('Probe "leak": box AP')]
+    assert "BN" in of_probe and "none" not in of_probe
+    assert "\N{MINUS SIGN}1.0" in of_probe
 
 
 @pytest.mark.parametrize(("limit", "above"), [(41.2, 48.8), (100.0, None), (None, None)])

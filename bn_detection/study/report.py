@@ -124,6 +124,7 @@ def _entry(results: StudyResults, run: str, metric: str, evaluation: str) -> str
 
 def _in_words(results: StudyResults, found: Estimate, metric: str) -> str:
     text, fewer = in_words(found, decimals(metric)), fewer_seeds(results, found)
+    text = text.replace("-", "\N{MINUS SIGN}")
     return f"{text} ({fewer})" if fewer else text
 
 
@@ -206,9 +207,10 @@ def _as_rows(results: StudyResults, table: _Table) -> dict[str, Any]:
 def _grid(
     entries: Mapping[tuple[str, str], _Entry], runs: dict[str, str], columns: list[str]
 ) -> dict[str, Any]:
-    """A table's head and rows: runs downwards, or columns if they are many more."""
+    """A table's head and rows: runs with an entry downwards, or columns if they are many more."""
     nothing = _Entry("", None)
     rows = {name: [entries.get((run, c), nothing) for c in columns] for run, name in runs.items()}
+    rows = {name: row for name, row in rows.items() if any(entry.text for entry in row)}
     if len(columns) > max(_COLUMNS, len(runs)):
         by_column = zip(*rows.values(), strict=True)
         named = dict(zip(columns, map(list, by_column), strict=True))
@@ -218,7 +220,7 @@ def _grid(
 
 def _with_sign(results: StudyResults, found: Estimate, metric: str) -> str:
     text = _in_words(results, found, metric)
-    return f"{'+' if (found.mean or 0) > 0 else ''}{text}".replace("-", "\N{MINUS SIGN}")
+    return f"{'+' if (found.mean or 0) > 0 else ''}{text}"
 
 
 def _facts(results: StudyResults) -> list[tuple[str, str]]:
@@ -393,6 +395,7 @@ def _print(results: StudyResults, reading: Sequence[str]) -> None:
             [run, *(_entry(results, run, metric, name) for _, metric, name in columns)]
             for run in results.study.runs
         ]
+        rows = [row for row in rows if any(row[1:])]
         rows.insert(0, ["", *(header for header, _, _ in columns)])
         if len(columns) > len(results.study.runs):
             rows = list(zip(*rows, strict=True))

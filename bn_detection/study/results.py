@@ -58,7 +58,7 @@ class Training:
         folder: its OUTPUT_DIR.
         versions: of the installed packages.
         device: the model of the CPU or GPU; None where it is not recorded.
-        seconds: of its last start; None where it did not succeed.
+        seconds: of all its attempts; None where it did not succeed.
         curves: by scalar, value by iteration from 0.
     """
 
