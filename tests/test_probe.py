@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import math
 import re
 import runpy
 from contextlib import redirect_stdout
@@ -52,6 +53,18 @@ STOCK = (
     *("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"),
     *("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"),
 )
+
+
+@pytest.mark.parametrize(
+    ("estimate", "text"),
+    [
+        (Estimate(-8.767, -11.881, -5.638), "-8.8 [-11.9, -5.6]"),
+        (Estimate(90.04, math.nan, math.nan), "90.0"),
+        (Estimate(math.nan, math.nan, math.nan), "-"),
+    ],
+)
+def test_an_estimate_shows_what_it_has(estimate: Estimate, text: str) -> None:
+    assert estimate.text(1) == text
 
 
 @pytest.fixture(scope="module")

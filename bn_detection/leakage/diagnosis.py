@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -128,11 +127,8 @@ def _size(layer: LayerReport) -> float:
     return -1.0 if layer.ema_to_precise is None else layer.ema_to_precise.value
 
 
-def _cell(estimate: Estimate | None, decimals: int = 2) -> str | None:
-    if estimate is None:
-        return None
-    value, low, high = (f"{number:.{decimals}f}" for number in vars(estimate).values())
-    return f"{value} [{low}, {high}]" if math.isfinite(estimate.low) else value
+def _cell(estimate: Estimate | None) -> str | None:
+    return None if estimate is None else estimate.text(2)
 
 
 def _paragraph(first: str, text: str) -> str:
@@ -142,7 +138,7 @@ def _paragraph(first: str, text: str) -> str:
 def _finding(number: int, finding: Finding) -> str:
     lines = [_paragraph(f"{number}. ", finding.title)]
     if finding.cost is not None:
-        lines.append(f"   Likely cost: {_cell(finding.cost, 1)} points of box AP")
+        lines.append(f"   Likely cost: {finding.cost.text(1)} points of box AP")
     lines += [f"   - {item}" for item in finding.evidence]
     lines.append(_paragraph("   ", finding.advice))
     lines.append(textwrap.indent(finding.yaml.rstrip(), "     "))
@@ -170,7 +166,7 @@ def _probe_figure(report: LeakageReport) -> Markup:
     panels[0].invert_yaxis()
     alt = "; ".join(
         f"{title}: "
-        + ", ".join(f"{label} {_cell(report.modes[m][metric])}" for m, label in _MODES.items())
+        + ", ".join(f"{label} {report.modes[m][metric].text(2)}" for m, label in _MODES.items())
         for metric, title in metrics.items()
     )
     caption = (

@@ -38,6 +38,13 @@ class Estimate:
         low, high = np.percentile(resampled, _PERCENTILES)
         return cls(value, float(low), float(high))
 
+    def text(self, decimals: int) -> str:
+        """With the interval, where there is one; "-" where there is no value."""
+        if not math.isfinite(self.value):
+            return "-"
+        value, low, high = (f"{number:.{decimals}f}" for number in vars(self).values())
+        return f"{value} [{low}, {high}]" if math.isfinite(self.low) else value
+
     def to_json(self) -> dict[str, float | None]:
         """By name; null for what is not finite."""
         return {k: v if math.isfinite(v) else None for k, v in vars(self).items()}

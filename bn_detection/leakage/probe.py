@@ -118,8 +118,8 @@ class LeakageReport:
             text += (
                 f"\nFrom one object ({limit.cue}) an accuracy of {limit.limit:.1f} % is possible "
                 f"({limit.method}). On the {limit.rois} foreground RoIs that see one object only, "
-                f"with the own worker's batch, it is {_cell(limit.accuracy)} %: "
-                f"{_cell(limit.above)} points above."
+                f"with the own worker's batch, it is {limit.accuracy.text(1)} %: "
+                f"{limit.above.text(1)} points above."
             )
         return text
 
@@ -130,7 +130,10 @@ class LeakageReport:
         names["inconsistency"] = "inconsistency = own_worker - population"
         metrics = list(self.leakage)
         body = [
-            (names.get(row, row), *(_cell(values[metric]) for metric in metrics))
+            (
+                names.get(row, row),
+                *(values[metric].text(3 if "loss" in metric else 1) for metric in metrics),
+            )
             for row, values in rows.items()
         ]
         return tabulate(body, ("normalization batch", *(_TITLES[metric] for metric in metrics)))
@@ -602,11 +605,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return value
-
-
-def _cell(estimate: Estimate) -> str:
-    if not np.isfinite(estimate.value):
-        return "-"
-    digits = 3 if abs(estimate.value) < 10 else 1
-    value, low, high = (f"{number:.{digits}f}" for number in vars(estimate).values())
-    return f"{value} [{low}, {high}]" if np.isfinite(estimate.low) else value
