@@ -619,6 +619,7 @@ def test_an_error_is_no_finding() -> None:
 
 @pytest.mark.timeout(200)
 def test_stock_config_of_the_model_zoo(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("detectron2.model_zoo")
     more = (
         *("MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.NUM_CLASSES", 4),
         *("MODEL.ROI_BOX_HEAD.NORM", "BN", "MODEL.ROI_BOX_HEAD.NUM_CONV", 1),
@@ -638,6 +639,7 @@ def test_stock_config_of_the_model_zoo(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(200)
 def test_stock_retinanet_of_the_model_zoo_with_syncbn_on_a_cpu(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("detectron2.model_zoo")
     more = (
         *("MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu", "MODEL.RETINANET.NUM_CLASSES", 4),
         *("MODEL.RETINANET.NORM", "SyncBN", "MODEL.RETINANET.NUM_CONVS", 1),

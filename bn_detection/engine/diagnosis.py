@@ -13,7 +13,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.data.common import AspectRatioGroupedDataset
@@ -166,9 +165,17 @@ def _keys(node: CfgNode, prefix: str = "") -> set[str]:
 
 def _config_path(config: str) -> str:
     """A file, or one of the model zoo; load_config says where it is neither."""
-    if not os.path.isfile(config):
-        with suppress(RuntimeError):
-            return model_zoo.get_config_file(config)
+    if os.path.isfile(config):
+        return config
+    try:
+        from detectron2 import model_zoo  # upstream main's needs pkg_resources
+    except ImportError as error:
+        raise ConfigError(
+            f"--config-file {config}: no such file, and the model zoo, whose name it may be, "
+            f"cannot be imported: {error}."
+        ) from error
+    with suppress(RuntimeError):
+        return model_zoo.get_config_file(config)
     return config
 
 
