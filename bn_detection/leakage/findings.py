@@ -166,24 +166,24 @@ def _leak(examined: Examined, notes: list[str]) -> Iterator[Finding]:
         if not _exceeds(leakage, _POINTS):
             continue
         evidence = [
-            f"{_METRICS[metric]}: {_points(leakage)} points better with a batch of its own images "
+            f"{_METRICS[metric]}: {leakage.text(1)} points better with a batch of its own images "
             "than with as many RoIs of random images"
         ]
         leakage_ap = examined.probed("leakage", ap)
         if leakage_ap is not None:
-            evidence.append(f"{_METRICS[ap]}: {_points(leakage_ap)} points likewise")
+            evidence.append(f"{_METRICS[ap]}: {leakage_ap.text(1)} points likewise")
         lost = examined.probed("inconsistency", metric)
         lost_ap = examined.probed("inconsistency", ap)
         if lost is not None and lost.high < 0:
             notes.append(
                 f"The {head} head does read its batch ({evidence[0]}), but population statistics "
-                f"are better still, by {_points(_negative(lost))} points: the leak costs nothing."
+                f"are better still, by {_negative(lost).text(1)} points: the leak costs nothing."
             )
             continue
         for lost_metric, estimate in ((metric, lost), (ap, lost_ap)):
             if estimate is not None:
                 evidence.append(
-                    f"{_METRICS[lost_metric]}: {_points(estimate)} points better with a batch of "
+                    f"{_METRICS[lost_metric]}: {estimate.text(1)} points better with a batch of "
                     "its own images than with population statistics"
                 )
         yield Finding(
@@ -318,7 +318,7 @@ def _frozen(examined: Examined, notes: list[str]) -> Iterator[Finding]:
         worst = _by_distance(moved)[0]
         notes.append(
             f"The inputs of {_count(moved)} have moved from their frozen statistics, "
-            f"{worst.name} most, by {_points(worst.ema_to_precise, 2)} standard deviations. They "
+            f"{worst.name} most, by {worst.ema_to_precise.text(2)} standard deviations. They "
             "were trained so."
         )
 
@@ -361,7 +361,7 @@ def _levels(examined: Examined, notes: list[str]) -> Iterator[Finding]:
         worst = max(together, key=_levels_apart)
         notes.append(
             f"FPN levels differ in {_count(together)}, {worst.name} most, by "
-            f"{_points(worst.levels_apart, 2)} standard deviations. Training and inference both "
+            f"{worst.levels_apart.text(2)} standard deviations. Training and inference both "
             "normalize them together."
         )
 
@@ -419,7 +419,7 @@ def _ranks(examined: Examined, notes: list[str]) -> Iterator[Finding]:
     yield Finding(
         f"{title}, and the checkpoint has those of worker 0.",
         tuple(
-            f"{layer.name}: two workers are expected {_points(spreads[layer.name], 2)} standard "
+            f"{layer.name}: two workers are expected {spreads[layer.name].text(2)} standard "
             "deviations apart, by the scatter of their batches"
             for layer in apart[:_SHOWN]
         ),
@@ -494,7 +494,7 @@ def _inconsistency(examined: Examined, found: Sequence[Finding]) -> list[Finding
         Finding(
             "The second stage is better with the statistics of its batch than with population "
             "statistics, though these fit the data and it does not read its batch.",
-            (f"{_METRICS['box_ap']}: {_points(lost)} points",),
+            (f"{_METRICS['box_ap']}: {lost.text(1)} points",),
             _names(layers),
             {"BN": {"FREEZE": {"LAST_ITERS": 0.2}}},
             "End the training with population statistics.",
@@ -528,15 +528,10 @@ def _scaled(estimate: Estimate, factor: float) -> Estimate:
     return Estimate(*(factor * number for number in vars(estimate).values()))
 
 
-def _points(estimate: Estimate, decimals: int = 1) -> str:
-    value, low, high = (f"{number:.{decimals}f}" for number in vars(estimate).values())
-    return f"{value} [{low}, {high}]" if _has_interval(estimate) else value
-
-
 def _distances(layers: Sequence[LayerReport], attribute: str) -> tuple[str, ...]:
     measured = [layer for layer in layers if getattr(layer, attribute) is not None]
     return tuple(
-        f"{layer.name}: {_points(getattr(layer, attribute), 2)} standard deviations"
+        f"{layer.name}: {getattr(layer, attribute).text(2)} standard deviations"
         for layer in measured[:_SHOWN]
     )
 
