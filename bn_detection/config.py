@@ -26,6 +26,9 @@ def add_bn_detection_config(cfg: CN) -> None:
     cfg.BN.MOMENTUM = 0.1
     # Added to the variance before its square root.
     cfg.BN.EPS = 1e-5
+    # What groups of RoIs are normalized by in training: "torch" (its operations, on any device),
+    # "triton" (fused kernels, on a GPU), or "auto": Triton's where they work, else torch's.
+    cfg.BN.KERNELS = "auto"
     # What inference normalizes with: "population" (the running statistics) or "batch" (the
     # statistics of the current forward on this process).
     cfg.BN.INFERENCE = "population"
@@ -135,6 +138,10 @@ def add_bn_detection_config(cfg: CN) -> None:
     # COCO-format datasets to register: [[name, annotations.json, image root], ...]. The names can
     # then be used in DATASETS.TRAIN and DATASETS.TEST.
     cfg.DATASETS.COCO_JSON = []
+
+    # What SOLVER.AMP.ENABLED computes in beside float32: "float16" (with loss scaling) or
+    # "bfloat16".
+    cfg.SOLVER.AMP.PRECISION = "float16"
 
     # Normalization of the keypoint head "BNConvDeconvKeypointHead", as MODEL.ROI_BOX_HEAD.NORM.
     cfg.MODEL.ROI_KEYPOINT_HEAD.NORM = ""

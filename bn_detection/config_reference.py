@@ -23,6 +23,7 @@ _PAGES = {
     "BN.GHOST": ("normalization.md",),
     "BN.RENORM": ("normalization.md#batch-renormalization",),
     "DATASETS": ("../README.md#your-own-dataset-from-yaml-alone",),
+    "SOLVER.AMP": ("gpu.md#mixed-precision",),
     "MODEL.ROI_KEYPOINT_HEAD": ("normalization.md",),
 }
 """Where the keys of a node are explained."""

@@ -175,7 +175,7 @@ def _sums(rank: int, world_size: int) -> list[torch.Tensor]:
     # A copy of a model, or one that is loaded, is used by all workers from its first call on.
     for other in (copy.deepcopy(collectives), pickle.loads(pickle.dumps(collectives))):
         sums.append(other.all_reduce(values * 2) / 2)
-    gathered = collectives.all_gather((rank, 2**31 - rank), torch.device("cpu"))()
+    gathered = collectives.all_gather((rank, 2**31 - rank))()
     assert gathered == [[k, 2**31 - k] for k in range(world_size)]
     return sums
 

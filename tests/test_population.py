@@ -1,4 +1,4 @@
-"""Running statistics averaged over workers, against the mean written out."""
+"""Running statistics averaged over workers, against the weighted mean written out."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def _averaged(rank: int, world_size: int, seen: list[int]) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if "conv" not in name}
 
 
-@pytest.mark.parametrize("seen", [[5, 5], [7, 0, 4], [0, 0]])
+@pytest.mark.parametrize("seen", [[5, 5], [7, 0, 4], [3, 2], [0, 0]])
 @pytest.mark.timeout(120)
-def test_running_statistics_are_averaged_over_the_workers_that_have_some(seen: list[int]) -> None:
+def test_running_statistics_are_averaged_by_the_mini_batches_in_them(seen: list[int]) -> None:
     results = run_workers(_averaged, len(seen), seen)
-    having = [_statistics(rank) for rank, n in enumerate(seen) if n]
-    if having:
-        mean = torch.stack([m.double() for m, _ in having]).mean(0).float()
-        var = torch.stack([v.double() for _, v in having]).mean(0).float()
+    if any(seen):
+        weighted = [(n, *_statistics(rank)) for rank, n in enumerate(seen)]
+        mean = sum(n * m.double() for n, m, _ in weighted).div(sum(seen)).float()
+        var = sum(n * v.double() for n, _, v in weighted).div(sum(seen)).float()
     else:
         mean, var = torch.zeros(4), torch.ones(4)
     for result in results:

@@ -355,7 +355,12 @@ def refused(folder: Path, output: Path, *more: object, flags: tuple[str, ...] = 
         (["MODEL.ROI_HEADS.NUM_CLASSES", "80"], ["MODEL.ROI_HEADS.NUM_CLASSES is 80", "4 classes"]),
         (["MODEL.WEIGHTS", "no/such.pth"], ["MODEL.WEIGHTS no/such.pth", "no such file"]),
         (["SOLVER.IMS_PER_BATCH", "3"], ["SOLVER.IMS_PER_BATCH 3", "2 workers"]),
-        (["SOLVER.AMP.ENABLED", "True"], ["SOLVER.AMP.ENABLED"]),
+        (
+            ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", "fp16"],
+            ["SOLVER.AMP.PRECISION", '"bfloat16"'],
+        ),
+        (["BN.KERNELS", "cuda"], ["BN.KERNELS", '"triton"']),
+        (["BN.KERNELS", "triton"], ["BN.KERNELS", "a GPU", '"auto"']),
         (["DATASETS.TRAIN", "('coco_2017_train',)"], ["DATASETS.TRAIN", "DETECTRON2_DATASETS"]),
         (["DATASETS.TEST", "('my_val',)"], ["DATASETS.TEST", "my_val"]),
     ],

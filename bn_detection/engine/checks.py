@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +22,16 @@ from ..heads import (
     level_options,
     norm_names,
 )
-from ..norm import INFERENCE, LevelOptions, build_partition, check_choice, partition_names
+from ..norm import (
+    INFERENCE,
+    KERNELS,
+    LevelOptions,
+    build_partition,
+    check_choice,
+    partition_names,
+)
 from ..population import AFFINE, ESTIMATORS, ROIS
+from .amp import PRECISIONS
 
 
 class _Head(NamedTuple):
@@ -160,6 +169,18 @@ def _stock_has(norm: str) -> bool:
 def _check_bn(cfg: CfgNode) -> None:
     node = cfg.BN
     _check_choice("BN.INFERENCE", node.INFERENCE, INFERENCE)
+    _check_choice("BN.KERNELS", node.KERNELS, KERNELS)
+    if node.KERNELS == "triton":
+        if torch.device(cfg.MODEL.DEVICE).type == "cpu":
+            raise ConfigError(
+                'BN.KERNELS is "triton", whose kernels run on a GPU, and this runs on the CPU; set '
+                'BN.KERNELS "auto".'
+            )
+        if importlib.util.find_spec("triton") is None:
+            raise ConfigError(
+                'BN.KERNELS is "triton", and the package triton is not installed; set BN.KERNELS '
+                '"auto", or install it.'
+            )
     if node.INFERENCE_BATCH_SIZE < 1:
         raise ConfigError(
             f"BN.INFERENCE_BATCH_SIZE {node.INFERENCE_BATCH_SIZE}: it must be at least 1."
@@ -358,9 +379,5 @@ def _check_training(cfg: CfgNode, num_workers: int, resume: bool) -> None:
             f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a checkpoint of another run, {checkpoint}. Go on "
             "with it by --resume, or give another OUTPUT_DIR."
         )
-    on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu" or not torch.cuda.is_available()
-    if solver.AMP.ENABLED and on_cpu:
-        raise ConfigError(
-            "SOLVER.AMP.ENABLED True: mixed precision needs a GPU, and this runs on the CPU. "
-            "Set SOLVER.AMP.ENABLED False."
-        )
+    if solver.AMP.ENABLED:
+        _check_choice("SOLVER.AMP.PRECISION", solver.AMP.PRECISION, tuple(PRECISIONS))

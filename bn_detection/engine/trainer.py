@@ -13,14 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.engine import (
-    AMPTrainer,
-    DefaultTrainer,
-    HookBase,
-    SimpleTrainer,
-    TrainerBase,
-    hooks,
-)
+from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
@@ -29,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..data import build_test_loader, build_train_loader, report_unreadable
 from ..heads import configure_model
+from .amp import AMPTrainer
 from .checkpoint import AtomicCheckpointer
 from .evaluation import build_evaluator
 from .hooks import add_statistics_hooks
@@ -48,9 +42,10 @@ _KEEP_BUFFERS = {
 class Trainer(DefaultTrainer):
     """Detectron2's default trainer with this project's layers, datasets and statistics.
 
-    Differs from it in that it trains on CPU workers too, averages running statistics over the
-    workers before they are used, restores the optimizer on ``--resume`` (v0.6 does not), never
-    leaves a partial checkpoint, and writes ``results.json`` beside the evaluation's other files.
+    Differs from it in that it trains on CPU workers too, also in mixed precision, averages running
+    statistics over the workers before they are used, restores the optimizer on ``--resume`` (v0.6
+    does not), never leaves a partial checkpoint, and writes ``results.json`` beside the
+    evaluation's other files.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -68,8 +63,12 @@ class Trainer(DefaultTrainer):
             on_gpu = next(model.parameters()).is_cuda
             devices = [comm.get_local_rank()] if on_gpu else None
             model = DistributedDataParallel(model, device_ids=devices, **_KEEP_BUFFERS)
-        trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = trainer(model, data_loader, optimizer)
+        amp = cfg.SOLVER.AMP
+        self._trainer = (
+            AMPTrainer(model, data_loader, optimizer, precision=amp.PRECISION)
+            if amp.ENABLED
+            else SimpleTrainer(model, data_loader, optimizer)
+        )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0

@@ -59,6 +59,7 @@ class BNOptions:
         ghost_size: RoIs in a group of ``GhostBN``.
         renorm: the schedule of ``BatchRenorm``.
         renorm_partition: the partition that ``BatchRenorm`` normalizes.
+        kernels: what groups are normalized by, one of :data:`bn_detection.norm.KERNELS`.
     """
 
     eps: float = 1e-5
@@ -69,6 +70,7 @@ class BNOptions:
     ghost_size: int = 32
     renorm: RenormSchedule = field(default_factory=RenormSchedule)
     renorm_partition: str = "worker"
+    kernels: str = "auto"
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> BNOptions:
@@ -92,6 +94,7 @@ class BNOptions:
             ghost_size=cfg.BN.GHOST.SIZE,
             renorm=renorm,
             renorm_partition=node.PARTITION,
+            kernels=cfg.BN.KERNELS,
         )
 
 
@@ -135,7 +138,7 @@ class NormFactory:
         needs_groups = name != "world" and (name != "worker" or options.virtual_workers > 1)
         if needs_groups:
             self.scope = Scope(
-                self._partition.groups,
+                self._partition.checked_groups,
                 seed=options.shuffle_seed,
                 rows_are_images=rows_are_images,
                 needs_counts=self._partition.needs_counts,
@@ -182,6 +185,7 @@ class NormFactory:
             "scope": self.scope,
             "eps": self.options.eps,
             "momentum": self.options.momentum,
+            "kernels": self.options.kernels,
         }
 
 

@@ -3,6 +3,7 @@
 from .collectives import Collectives, world_size
 from .convert import matches, replace_layers, set_inference, take_tensors
 from .functional import GroupStatistics, group_statistics, grouped_batch_norm
+from .kernels import KERNELS
 from .layer import INFERENCE, PartitionedBatchNorm2d
 from .levels import LevelBatchNorm2d, LevelOptions
 from .partition import (
@@ -22,6 +23,7 @@ from .shuffle import ExchangePlan, exchange, plan_exchange, restore
 
 __all__ = [
     "INFERENCE",
+    "KERNELS",
     "Collectives",
     "ExchangePlan",
     "GroupStatistics",

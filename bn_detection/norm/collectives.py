@@ -8,6 +8,9 @@ gloo ends the process when a message is longer than the one expected, and then n
 messages on the CPU have a process group of their own: a worker that is in a collective of the rest
 of the model is waited for, until the timeout of the default group. Where two layers of different
 size meet, one worker ends so, and the others name the layer.
+
+Activations and their statistics travel where they are (NCCL between GPUs); counts and tags, which
+the host has to know, over gloo, so that no host waits for its GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from __future__ import annotations
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
@@ -23,6 +27,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .transfer import Arriving
+
+# Checks that may wait for a GPU: hosts are never that many collectives ahead.
+_MOST_UNCHECKED = 1024
 _POLL_SECONDS = 0.02
 _yield = getattr(os, "sched_yield", lambda: time.sleep(0))
 
@@ -41,15 +49,17 @@ def rank() -> int:
 _groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 
 
-def _group_for(message: Tensor) -> dist.ProcessGroup | None:
+def _cpu_group() -> dist.ProcessGroup:
     """The first time, all workers must be here."""
-    if message.is_cuda:
-        return None
     default = dist.group.WORLD
     if default not in _groups:
-        timeout = default._get_backend(torch.device("cpu")).options._timeout
-        _groups[default] = dist.new_group(backend="gloo", timeout=timeout)
+        backend = default._get_backend(default._device_types[0])
+        _groups[default] = dist.new_group(backend="gloo", timeout=backend.options._timeout)
     return _groups[default]
+
+
+def _group_for(message: Tensor) -> dist.ProcessGroup | None:
+    return None if message.is_cuda else _cpu_group()
 
 
 def wait(work: dist.Work, message: Tensor) -> None:
@@ -79,27 +89,27 @@ class Collectives:
     def __init__(self, owner: str) -> None:
         self.owner = owner
         self._calls = 0
-        self._unchecked: tuple[torch.cuda.Event, Tensor] | None = None
+        self._unchecked: deque[Arriving] = deque()
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """Sum ``values``, float64, over the workers: the same bits on each."""
         tag = float(self._next_tag())
-        message = torch.cat([values.flatten(), values.new_tensor([tag])])
+        message = values.new_empty(values.numel() + 1)
+        message[:-1] = values.flatten()
+        message[-1:].fill_(tag)
         with self._named():
             wait(dist.all_reduce(message, group=_group_for(message), async_op=True), message)
         self._check(message[-1:] - tag * world_size())
         return message[:-1].view_as(values)
 
-    def all_gather(
-        self, values: tuple[int, int], device: torch.device
-    ) -> Callable[[], list[list[int]]]:
-        """Begin to gather two integers of every worker; the result waits for them, by rank."""
+    def all_gather(self, values: Sequence[int] = ()) -> Callable[[], list[list[int]]]:
+        """Begin to gather some integers of every worker; the result waits for them, by rank."""
         tag = self._next_tag()
-        mine = torch.tensor([tag, *values], device=device)
+        mine = torch.tensor([tag, *values])
         gathered = mine.new_empty(world_size(), len(mine))
         with self._named():
             work = dist.all_gather(
-                list(gathered.unbind(0)), mine, group=_group_for(mine), async_op=True
+                list(gathered.unbind(0)), mine, group=_cpu_group(), async_op=True
             )
 
         def finish() -> list[list[int]]:
@@ -112,24 +122,60 @@ class Collectives:
 
         return finish
 
+    def all_to_all(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """Send rows to the workers, in order of rank, and receive theirs.
+
+        Args:
+            rows: ``(sum(send), ...)``.
+            send: number of rows for each worker.
+            receive: number of rows from each worker.
+
+        Returns:
+            ``(sum(receive), ...)``.
+        """
+        received = rows.new_empty(sum(receive), *rows.shape[1:])
+        finish = self.all_gather()
+        with self._named():
+            work = dist.all_to_all_single(
+                received,
+                rows.contiguous(),
+                receive,
+                send,
+                group=_group_for(rows),
+                async_op=True,
+            )
+            wait(work, received)
+        finish()
+        return received
+
+    def check_alike(self, number: int, what: str) -> None:
+        """Compare a number that has to be the same on all workers, before it sizes a message.
+
+        Raises:
+            RuntimeError: it is not; the message names the layer, ``what``, and the numbers.
+        """
+        numbers = [of_worker for (of_worker,) in self.all_gather([number])()]
+        if any(other != number for other in numbers):
+            listed = ", ".join(f"{n} on worker {k}" for k, n in enumerate(numbers))
+            raise RuntimeError(
+                f"{self.owner}: {what} must be the same on all workers, and is {listed}."
+            )
+
     def _next_tag(self) -> int:
         self._calls += 1
         return zlib.crc32(f"{self.owner}/{self._calls}".encode())
 
     def _check(self, difference: Tensor) -> None:
-        """On a GPU, check the call before: this one would have to be waited for."""
+        """On a GPU, check the calls before whose numbers have arrived, and wait for none."""
         if difference.is_cuda:
-            pinned = torch.empty(1, dtype=difference.dtype, pin_memory=True)
-            pinned.copy_(difference, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            previous, self._unchecked = self._unchecked, (event, pinned)
-            if previous is None:
-                return
-            previous[0].synchronize()
-            difference = previous[1]
-        if difference.item() != 0:
+            self._unchecked.append(Arriving(difference))
+        elif difference.item() != 0:
             self._raise_not_in_step()
+        while self._unchecked and (
+            len(self._unchecked) > _MOST_UNCHECKED or self._unchecked[0].has_arrived()
+        ):
+            if self._unchecked.popleft().item() != 0:
+                self._raise_not_in_step()
 
     def _raise_not_in_step(self) -> None:
         raise RuntimeError(

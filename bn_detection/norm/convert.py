@@ -35,25 +35,30 @@ def set_inference(model: nn.Module, mode: str, modules: Sequence[str]) -> list[s
         ValueError: for an unknown mode.
     """
     check_choice("inference", mode, INFERENCE)
-    changed = []
-    for name, module in list(model.named_modules()):
-        if not matches(name, modules):
-            continue
-        # A layer that tracks no statistics uses those of the batch already.
-        tracks = (
-            isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and module.track_running_stats
-        )
-        if tracks:
-            if not isinstance(module, PartitionedBatchNorm2d) and mode == "batch":
-                partition = "world" if isinstance(module, nn.SyncBatchNorm) else "worker"
-                layer = PartitionedBatchNorm2d(module.num_features, partition=partition)
-                module = take_tensors(layer, module)
-                module.rename(name)
-                model.set_submodule(name, module)
-            if isinstance(module, PartitionedBatchNorm2d):
-                module.inference = mode
-            changed.append(name)
-    return changed
+    # A layer that tracks no statistics uses those of the batch already.
+    selected = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if matches(name, modules)
+        and isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)
+        and module.track_running_stats
+    }
+    layers = set(selected.values())
+
+    def replacement(name: str, module: nn.Module) -> nn.Module | None:
+        if module not in layers:
+            return None
+        if isinstance(module, PartitionedBatchNorm2d):
+            module.inference = mode
+        elif mode == "batch":
+            partition = "world" if isinstance(module, nn.SyncBatchNorm) else "worker"
+            layer = PartitionedBatchNorm2d(module.num_features, partition=partition, inference=mode)
+            layer.rename(name)
+            return take_tensors(layer, module)
+        return None
+
+    replace_layers(model, replacement)
+    return list(selected)
 
 
 def replace_layers(

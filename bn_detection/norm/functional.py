@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from .kernels import choose_kernels
 from .partition import Groups
-from .rows import accumulation_dtype, row_affine, row_gradient_sums, row_statistics, use_rows
 
 AllReduce = Callable[[Tensor], Tensor]
 
@@ -32,7 +32,7 @@ class GroupStatistics:
 
 @torch.no_grad()
 def group_statistics(
-    x: Tensor, groups: Groups, all_reduce: AllReduce | None = None
+    x: Tensor, groups: Groups, all_reduce: AllReduce | None = None, *, kernels: str = "auto"
 ) -> GroupStatistics:
     """The statistics of each group, in one pass over ``x`` and at most one collective.
 
@@ -44,16 +44,13 @@ def group_statistics(
         groups: the group of each row.
         all_reduce: sums a float64 tensor over the workers, if groups span them: 2C + 1 numbers a
             group.
+        kernels: one of :data:`bn_detection.norm.KERNELS`.
     """
     channels = x.shape[1]
-    sums = torch.zeros(groups.number, 2 * channels + 1, dtype=torch.float64, device=x.device)
     if x.numel() > 0:
-        shared = not use_rows(x, groups.ids is None)
-        mean, var = (t.double() for t in row_statistics(x, shared=shared))
-        # Values a row; shared statistics count as those of one row.
-        weight = x.numel() / mean.numel()
-        rows = torch.cat([torch.ones_like(mean[:, :1]), mean, var + mean.square()], dim=1)
-        sums = _sum_by_group(rows.mul_(weight), groups)
+        sums = choose_kernels(kernels, x.device).moments(x, groups)
+    else:
+        sums = x.new_zeros(groups.number, 2 * channels + 1, dtype=torch.float64)
     if all_reduce is not None:
         sums = all_reduce(sums)
     count, total, squares = sums.split([1, channels, channels], dim=1)
@@ -83,6 +80,7 @@ def grouped_batch_norm(
     *,
     all_reduce: AllReduce | None = None,
     correction: tuple[Tensor, Tensor] | None = None,
+    kernels: str = "auto",
 ) -> Tensor:
     """Normalize each row with the statistics of its group, differentiated through them.
 
@@ -98,6 +96,7 @@ def grouped_batch_norm(
         eps: added to the variance.
         all_reduce: as there, called once in the backward: 2C numbers a group.
         correction: r and d of Batch Renormalization, ``(G, C)``; no gradient flows through them.
+        kernels: as there.
 
     Returns:
         The output, in the shape and dtype of ``x``.
@@ -105,7 +104,7 @@ def grouped_batch_norm(
     if weight is None:
         weight, bias = torch.ones_like(statistics.mean[0]), torch.zeros_like(statistics.mean[0])
     return _GroupedBatchNorm.apply(
-        x, weight, bias, statistics, groups, eps, all_reduce, correction or (None, None)
+        x, weight, bias, statistics, groups, eps, all_reduce, correction or (None, None), kernels
     )
 
 
@@ -121,68 +120,69 @@ class _GroupedBatchNorm(torch.autograd.Function):
         eps: float,
         all_reduce: AllReduce | None,
         correction: tuple[Tensor | None, Tensor | None],
+        kernels: str,
     ) -> Tensor:
         r, d = correction
         invstd = (statistics.var + eps).rsqrt()
         scale = weight.double() * invstd if r is None else weight.double() * r * invstd
         shift = bias.double().expand_as(scale) if d is None else bias.double() + weight.double() * d
         ctx.save_for_backward(x, scale, statistics.mean, invstd, statistics.count, r, d)
-        ctx.groups, ctx.all_reduce = groups, all_reduce
+        ctx.groups, ctx.all_reduce, ctx.kernels = groups, all_reduce, kernels
         ctx.parameter_dtype = weight.dtype
         if x.numel() == 0:
             return torch.empty_like(x)
-        parameters = statistics.mean, scale, shift
-        if groups.ids is None:  # by channels, which is faster here than by rows, and holds less
-            return row_affine(x, *(t.to(accumulation_dtype(x)) for t in parameters))
-        return row_affine(x, *(_to_rows(t, x, groups) for t in parameters))
+        passes = choose_kernels(kernels, x.device)
+        return passes.affine(x, statistics.mean, scale, shift, groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, mean, invstd, count, r, d = ctx.saved_tensors
-        groups: Groups = ctx.groups
-        # Sums over each group of grad and of grad * xhat, side by side.
+        gradients = _gradients(
+            grad,
+            *ctx.saved_tensors,
+            groups=ctx.groups,
+            all_reduce=ctx.all_reduce,
+            kernels=ctx.kernels,
+            needs_input_grad=ctx.needs_input_grad[0],
+        )
+        grad_x, *of_parameters = gradients
+        return (grad_x, *(t.to(ctx.parameter_dtype) for t in of_parameters), *(None,) * 6)
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    count: Tensor,
+    r: Tensor | None,
+    d: Tensor | None,
+    *,
+    groups: Groups,
+    all_reduce: AllReduce | None,
+    kernels: str,
+    needs_input_grad: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The gradients of x, and this worker's of weight and bias, from the saved tensors."""
+    # Sums over each group of grad and of grad * (x - mean), side by side.
+    if x.numel() > 0:
+        passes = choose_kernels(kernels, x.device)
+        sums = passes.gradient_sums(grad, x, mean, groups)
+    else:
         sums = scale.new_zeros(groups.number, 2 * x.shape[1])
-        if x.numel() > 0:
-            rows = row_gradient_sums(grad, x, _to_rows(mean, x, groups))
-            sums = _sum_by_group(torch.cat(rows, dim=1).double(), groups)
-        grad_sum, product_sum = sums.chunk(2, dim=1)
-        product_sum.mul_(invstd)
-        grad_weight = product_sum if r is None else r * product_sum + d * grad_sum
-        grad_weight, grad_bias = (t.sum(0).to(ctx.parameter_dtype) for t in (grad_weight, grad_sum))
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            if ctx.all_reduce is not None:
-                sums = ctx.all_reduce(sums)
-            mean_grad, mean_product = (sums / count.clamp(min=1)).chunk(2, dim=1)
-            # scale * (grad - mean_grad - xhat * mean_product), linear in grad and x.
-            slope = -scale * mean_product * invstd
-            shift = -scale * mean_grad - slope * mean
-            grad_x = _combine(grad, x, *(_to_rows(t, x, groups) for t in (scale, slope, shift)))
-        return grad_x, grad_weight, grad_bias, None, None, None, None, None
-
-
-def _combine(grad: Tensor, x: Tensor, scale: Tensor, slope: Tensor, shift: Tensor) -> Tensor:
-    """``grad * scale + x * slope + shift``, as ``x``."""
+    grad_sum, product_sum = sums.chunk(2, dim=1)
+    product_sum.mul_(invstd)
+    grad_weight = product_sum if r is None else r * product_sum + d * grad_sum
+    grad_weight, grad_bias = grad_weight.sum(0), grad_sum.sum(0)
+    if not needs_input_grad:
+        return None, grad_weight, grad_bias
+    if all_reduce is not None:
+        sums = all_reduce(sums)
     if x.numel() == 0:
-        return torch.empty_like(x)
-    if grad.dtype == scale.dtype:
-        out = row_affine(grad, torch.zeros_like(shift), scale, shift)
-    else:  # half precision, summed in float32
-        out = torch.addcmul(shift[:, :, None, None], grad, scale[:, :, None, None])
-    return out.addcmul_(x, slope[:, :, None, None]).to(x.dtype)
-
-
-def _sum_by_group(rows: Tensor, groups: Groups) -> Tensor:
-    """``(N, K)`` to ``(G, K)``."""
-    if groups.ids is None:
-        return rows.sum(0, keepdim=True)
-    return rows.new_zeros(groups.number, rows.shape[1]).index_add_(0, groups.ids, rows)
-
-
-def _to_rows(values: Tensor, x: Tensor, groups: Groups) -> Tensor:
-    """``(G, C)`` to the parameters of each row, in the dtype that ``x`` is computed in."""
-    values = values.to(accumulation_dtype(x))
-    if groups.ids is not None:
-        return values[groups.ids]
-    return values.expand(x.shape[0], -1) if use_rows(x, True) else values
+        return torch.empty_like(x), grad_weight, grad_bias
+    mean_grad, mean_product = (sums / count.clamp(min=1)).chunk(2, dim=1)
+    # scale * (grad - mean_grad - xhat * mean_product), linear in grad and x.
+    slope, shift = -scale * mean_product * invstd, -scale * mean_grad
+    grad_x = passes.input_gradient(grad, x, mean, scale, slope, shift, groups)
+    return grad_x, grad_weight, grad_bias

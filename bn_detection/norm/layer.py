@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .collectives import Collectives, world_size
 from .functional import AllReduce, GroupStatistics, group_statistics, grouped_batch_norm
+from .kernels import KERNELS
 from .partition import Groups, Partition, build_partition, check_choice
 from .renorm import RenormSchedule
 from .scope import Forwards, Scope, in_backward
@@ -29,7 +30,10 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
 
     The running statistics move by ``momentum`` towards the mean, over the groups that have at least
     two values a channel, of the groups' means and unbiased variances. A forward that activation
-    checkpointing repeats in the backward does not move them again.
+    checkpointing repeats in the backward does not move them again. Nor does a channel whose
+    statistics are not finite: loss scaling skips a step that overflowed in float16, and nothing
+    could take it back here. (One exception, which is ``nn.BatchNorm2d`` to the bit: ``worker``
+    on other dtypes than float16.)
 
     Args:
         num_features: channels C of the input.
@@ -42,6 +46,8 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
             training forwards; None for BN.
         scope: shared by the layers of a head, which then have the same groups; by default the layer
             has its own.
+        kernels: what groups are normalized by in training: ``torch``; ``triton``; or ``auto``,
+            Triton's on CUDA where they work.
         affine: whether the layer has affine parameters.
         eps: added to the variance.
         momentum: weight of the newest mini-batch in the running statistics; None for their
@@ -56,6 +62,7 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
     Raises:
         ValueError: for an unknown partition or inference mode, an input that is not 4D, or (by the
             partition) rows of unknown images.
+        ImportError: kernels are ``triton``, and it is not installed.
         RuntimeError: workers are not in step, or the layer is called outside the module that it
             shares groups with.
     """
@@ -68,6 +75,7 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
         inference: str = "population",
         renorm: RenormSchedule | None = None,
         scope: Scope[Groups] | None = None,
+        kernels: str = "auto",
         affine: bool = True,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
@@ -76,7 +84,8 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
         self.partition = build_partition(partition) if isinstance(partition, str) else partition
         self.inference = check_choice("inference", inference, INFERENCE)
         self.renorm = renorm
-        self.scope = scope or Scope(self.partition.groups)
+        self.kernels = check_choice("kernels", kernels, KERNELS)
+        self.scope = scope or Scope(self.partition.checked_groups)
         self.rename("")
         self.observer: Callable[[GroupStatistics, bool], bool | None] | None = None
         self._corrections: Forwards[tuple[Tensor, Tensor]] = Forwards()
@@ -119,15 +128,19 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
             # Checkpointing wants as many saved tensors as the first time; these are not moved.
             return batch_norm(self.running_mean.clone(), self.running_var.clone(), True, 0.0)
         self.num_batches_tracked.add_(1)
-        factor = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
-        return batch_norm(self.running_mean, self.running_var, True, factor)
+        if self.momentum is not None and x.dtype != torch.float16:
+            return batch_norm(self.running_mean, self.running_var, True, self.momentum)
+        mean, var = torch.zeros_like(self.running_mean), torch.ones_like(self.running_var)
+        y = batch_norm(mean, var, True, 1.0)
+        self._move(mean, var, _finite(mean, var))
+        return y
 
     @torch.compiler.disable
     def _grouped(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, fused: bool
     ) -> Tensor:
         groups, all_reduce = self.sharing(x)
-        statistics = group_statistics(x, groups, all_reduce)
+        statistics = group_statistics(x, groups, all_reduce, kernels=self.kernels)
         correction = None if self.renorm is None else self._correction(x, statistics)
         moves = self.observe(statistics)
         if fused and moves:
@@ -143,6 +156,7 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
             self.eps,
             all_reduce=all_reduce,
             correction=correction,
+            kernels=self.kernels,
         )
 
     @property
@@ -185,21 +199,23 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
         if in_backward():
             return
         # In tensors throughout: reading a number would wait for a GPU.
-        count = statistics.count
-        usable = (count > 1).double()
-        number = usable.sum()
-        weights = usable / number.clamp(min=1)
-        mean = (weights * statistics.mean).sum(0)
-        var = (weights * statistics.var * count / (count - 1).clamp(min=1)).sum(0)
-        changed = number > 0
-        self.num_batches_tracked.add_(changed)
-        factor = changed.to(self.running_mean.dtype)
-        if self.momentum is None:
-            factor = factor / self.num_batches_tracked.clamp(min=1)
-        else:
-            factor = factor * self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean), factor)
-        self.running_var.lerp_(var.to(self.running_var), factor)
+        count, mean, var = statistics.count, statistics.mean, statistics.var
+        counted = count > 1
+        usable = counted & _finite(mean, var)
+        number = usable.sum(0)
+        mean = torch.where(usable, mean, 0).sum(0) / number
+        var = torch.where(usable, var * (count / (count - 1)), 0).sum(0) / number
+        self.num_batches_tracked.add_(counted.any())
+        self._move(mean, var, number > 0)
+
+    @torch.no_grad()
+    def _move(self, mean: Tensor, var: Tensor, where: Tensor) -> None:
+        """Move the running statistics of the channels that ``where``, ``(C,)``, is true of."""
+        factor = self.momentum
+        if factor is None:
+            factor = (1 / self.num_batches_tracked.clamp(min=1)).to(self.running_mean.dtype)
+        for running, new in ((self.running_mean, mean), (self.running_var, var)):
+            running.lerp_(torch.where(where, new.to(running.dtype), running), factor)
 
     def _batch_norm(
         self,
@@ -227,3 +243,7 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), type(self.partition).__name__, f"inference={self.inference}"]
         return ", ".join(parts + ([f"{self.renorm}"] if self.renorm else []))
+
+
+def _finite(mean: Tensor, var: Tensor) -> Tensor:
+    return (mean + var).abs() < torch.inf

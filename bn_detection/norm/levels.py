@@ -171,11 +171,23 @@ class LevelBatchNorm2d(nn.ModuleList):
         else:
             # Of rows that are images, so the groups of one level are those of all.
             groups, all_reduce = first.sharing(joined)
-            statistics = [group_statistics(x, groups, all_reduce) for x in features]
+            kernels = first.kernels
+            statistics = [
+                group_statistics(x, groups, all_reduce, kernels=kernels) for x in features
+            ]
             moves = [layer.observe(s) for layer, s in zip(self, statistics, strict=True)]
             if not all(moves):
                 return [
-                    grouped_batch_norm(x, weight, bias, s, groups, first.eps, all_reduce=all_reduce)
+                    grouped_batch_norm(
+                        x,
+                        weight,
+                        bias,
+                        s,
+                        groups,
+                        first.eps,
+                        all_reduce=all_reduce,
+                        kernels=kernels,
+                    )
                     for x, s, weight, bias in zip(
                         features, statistics, *self._affine(), strict=True
                     )
@@ -189,6 +201,7 @@ class LevelBatchNorm2d(nn.ModuleList):
                 groups,
                 first.eps,
                 all_reduce=all_reduce,
+                kernels=kernels,
             )
         # Not views of one tensor, or an in-place ReLU after the layer would be refused.
         sizes = [x.shape[2] * x.shape[3] for x in features]

@@ -44,6 +44,9 @@ class Partition:
     spans_workers = False
     #: Whether :meth:`groups` asks for the row counts of all workers.
     needs_counts = False
+    #: Whether the number of groups follows from the number of workers alone. Where it does not and
+    #: groups span workers, they compare theirs at each call.
+    number_is_known = False
 
     def groups(self, rows: Rows) -> Groups:
         """The groups of one call.
@@ -52,6 +55,18 @@ class Partition:
             rows: how many there are, on which worker, of which images.
         """
         raise NotImplementedError
+
+    def checked_groups(self, rows: Rows) -> Groups:
+        """:meth:`groups`, whose number is the same on all workers if groups span them.
+
+        Raises:
+            RuntimeError: it is not; the message names the module and the numbers.
+        """
+        groups = self.groups(rows)
+        if self.spans_workers and rows.world_size > 1 and not self.number_is_known:
+            what = f"the number of groups of {type(self).__name__}"
+            rows.collectives.check_alike(groups.number, what)
+        return groups
 
     @property
     def is_whole_batch(self) -> bool:
@@ -157,6 +172,7 @@ class ShufflePartition(Partition):
 
     spans_workers = True
     needs_counts = True
+    number_is_known = True
 
     def __init__(self, virtual_workers: int = 0) -> None:
         self.virtual_workers = virtual_workers
@@ -168,7 +184,7 @@ class ShufflePartition(Partition):
     def groups(self, rows: Rows) -> Groups:
         number = virtual_share(self.virtual_workers) * rows.world_size
         ids = shuffled_groups(rows.all_counts(), number, rows.seed)[rows.rank]
-        return Groups(ids.to(rows.device), number)
+        return Groups(rows.to_device(ids), number)
 
 
 @register_partition("ghost")
@@ -197,7 +213,7 @@ class GhostPartition(Partition):
         number = max(rows.count // self.size, 1)
         ids = (torch.arange(rows.count) // self.size).clamp_(max=number - 1)
         order = torch.randperm(rows.count, generator=torch.Generator().manual_seed(rows.own_seed))
-        return Groups(ids[order].to(rows.device), number)
+        return Groups(rows.to_device(ids[order]), number)
 
 
 @register_partition("image")
@@ -226,7 +242,8 @@ def shuffled_groups(counts: list[int], number: int, seed: int) -> list[Tensor]:
     sizes = torch.full((number,), total // number)
     sizes[: total % number] += 1
     slots = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-    return list(torch.repeat_interleave(torch.arange(number), sizes)[slots].split(counts))
+    groups = torch.arange(number).repeat_interleave(sizes, output_size=total)
+    return list(groups[slots].split(counts))
 
 
 def virtual_share(virtual_workers: int) -> int:

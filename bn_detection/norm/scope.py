@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -11,12 +12,16 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import checkpoint
 
 from .collectives import Collectives, rank, world_size
+from .transfer import to_device
 
 T = TypeVar("T")
 
 _KEPT_FORWARDS = 16
+# Where torch.utils.checkpoint runs a forward again: without and with reentrant autograd.
+_RECOMPUTE = ("unpack_hook", "backward")
 
 _clock: Callable[[], int | None] = lambda: None  # noqa: E731
 _rows_per_image: list[int] | None = None
@@ -45,9 +50,26 @@ def set_rows_per_image(counts: Sequence[int]) -> None:
     _rows_per_image = [int(count) for count in counts]
 
 
+# Private, with a substitute for a torch that has none.
+_graph_task_id: Callable[[], int] | None = getattr(torch._C, "_current_graph_task_id", None)
+
+
 def in_backward() -> bool:
     """Whether autograd is running backward: a forward then is a recomputation of a checkpoint."""
-    return torch._C._current_graph_task_id() != -1
+    if torch.compiler.is_compiling():
+        return False
+    return _in_checkpoint() if _graph_task_id is None else _graph_task_id() != -1
+
+
+def _in_checkpoint() -> bool:
+    """Whether activation checkpointing calls this function in a backward."""
+    frame = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename == checkpoint.__file__ and code.co_name in _RECOMPUTE:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def normalizes_in_training(module: nn.Module) -> bool:
@@ -68,6 +90,7 @@ class Rows:
         device: of the activations.
         rank: of this worker.
         world_size: number of workers.
+        collectives: of the module.
     """
 
     def __init__(self, x: Tensor, scope: Scope[Any], iteration: int, call: int) -> None:
@@ -75,6 +98,7 @@ class Rows:
         self.count = x.shape[0]
         self.device = x.device
         self.rank, self.world_size = rank(), world_size()
+        self.collectives = scope.collectives
         self._scope = scope
         self._key = f"{scope.name}/{iteration}/{call}"
         self._counts: list[int] | None = None
@@ -90,13 +114,15 @@ class Rows:
     @property
     def own_seed(self) -> int:
         """Another on each worker and at every call, reproducible from the scope's seed."""
-        return zlib.crc32(f"{self._scope.seed}/{self._key}/{self.rank}".encode())
+        if self._scope.own_seed < 0:
+            self._scope.own_seed = _draw_seed()
+        return zlib.crc32(f"{self._scope.own_seed}/{self._key}/{self.rank}".encode())
 
     def begin_all_counts(self) -> None:
         """Begin the collective of :meth:`all_counts`, to do something else meanwhile."""
-        seed = self._scope.seed if self._scope.seed >= 0 else int(torch.randint(2**31, ()))
+        seed = self._scope.seed if self._scope.seed >= 0 else _draw_seed()
         if self.world_size > 1:
-            self._gather = self._scope.collectives.all_gather((self.count, seed), self.device)
+            self._gather = self.collectives.all_gather((self.count, seed))
         else:
             self._gather = lambda: [[self.count, seed]]
 
@@ -133,7 +159,16 @@ class Rows:
     def images(self) -> Tensor:
         """``(count,)`` int64, the image of each row, from 0; errors as :meth:`per_image`."""
         counts = torch.tensor(self.per_image(), dtype=torch.long)
-        return torch.repeat_interleave(counts).to(self.device)
+        images = torch.arange(len(counts))
+        return self.to_device(images.repeat_interleave(counts, output_size=self.count))
+
+    def to_device(self, ids: Tensor) -> Tensor:
+        """``ids``, made on the CPU, where the rows are; the host waits for no GPU."""
+        return to_device(ids, self.device)
+
+
+def _draw_seed() -> int:
+    return int(torch.randint(2**31, ()))
 
 
 @dataclass
@@ -200,7 +235,8 @@ class Scope(Generic[T]):
     Args:
         make: makes the value from the rows of the call.
         seed: of random values, one number that all workers share; a negative one is replaced by a
-            number that worker 0 draws when a value is first asked for.
+            number that worker 0 draws when a value is first asked for, or for values of a worker
+            alone by one that each draws.
         rows_are_images: whether each row is an image; else :func:`set_rows_per_image` says.
         needs_counts: whether ``make`` asks for the row counts of all workers, which are then
             exchanged while the first layers run.
@@ -215,7 +251,7 @@ class Scope(Generic[T]):
         needs_counts: bool = False,
     ) -> None:
         self.make = make
-        self.seed = seed
+        self.seed = self.own_seed = seed
         self.needs_counts = needs_counts
         self.rows_are_images = rows_are_images
         self.rename("")
@@ -290,17 +326,24 @@ class Scope(Generic[T]):
             "before the next step begins."
         )
 
-    @torch.compiler.disable
     def _enter(self, module: nn.Module, args: Any) -> None:
         if normalizes_in_training(module) and not in_backward():
-            call = self._open = self._begin(module)
-            # Input of other dimensions has other rows than the layers get.
-            if self.needs_counts and args and isinstance(args[0], Tensor) and args[0].dim() == 4:
-                call.rows = Rows(args[0], self, call.iteration, call.number)
-                call.rows.begin_all_counts()
+            self._open_call(module, args)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._open is not None:
+            self._close_call()
 
     @torch.compiler.disable
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _open_call(self, module: nn.Module, args: Any) -> None:
+        call = self._open = self._begin(module)
+        # Input of other dimensions has other rows than the layers get.
+        if self.needs_counts and args and isinstance(args[0], Tensor) and args[0].dim() == 4:
+            call.rows = Rows(args[0], self, call.iteration, call.number)
+            call.rows.begin_all_counts()
+
+    @torch.compiler.disable
+    def _close_call(self) -> None:
         self._open = None
 
     def _begin(self, asker: nn.Module) -> _Call[T]:

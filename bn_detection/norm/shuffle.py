@@ -10,11 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .collectives import wait
+from .collectives import Collectives
 from .partition import shuffled_groups
 from .scope import Rows
 
@@ -27,11 +26,13 @@ class ExchangePlan:
         order: ``(n,)`` int64, this worker's rows sorted by destination.
         send: number of rows sent to each worker.
         receive: number of rows received from each worker.
+        collectives: of the head.
     """
 
     order: Tensor
     send: list[int]
     receive: list[int]
+    collectives: Collectives
 
 
 def plan_exchange(rows: Rows) -> ExchangePlan | None:
@@ -47,9 +48,10 @@ def plan_exchange(rows: Rows) -> ExchangePlan | None:
     groups = shuffled_groups(rows.all_counts(), rows.world_size, rows.seed)
     mine = groups[rows.rank]
     return ExchangePlan(
-        order=torch.argsort(mine, stable=True).to(rows.device),
+        order=rows.to_device(torch.argsort(mine, stable=True)),
         send=torch.bincount(mine, minlength=rows.world_size).tolist(),
         receive=[int((ids == rows.rank).sum()) for ids in groups],
+        collectives=rows.collectives,
     )
 
 
@@ -79,19 +81,12 @@ def restore(x: Tensor, plan: ExchangePlan) -> Tensor:
     return _Restore.apply(x, plan)
 
 
-def _all_to_all(x: Tensor, send: list[int], receive: list[int]) -> Tensor:
-    received = x.new_empty(sum(receive), *x.shape[1:])
-    work = dist.all_to_all_single(received, x.contiguous(), receive, send, async_op=True)
-    wait(work, received)
-    return received
-
-
 def _send_out(x: Tensor, plan: ExchangePlan) -> Tensor:
-    return _all_to_all(x[plan.order], plan.send, plan.receive)
+    return plan.collectives.all_to_all(x[plan.order], plan.send, plan.receive)
 
 
 def _bring_back(x: Tensor, plan: ExchangePlan) -> Tensor:
-    returned = _all_to_all(x, plan.receive, plan.send)
+    returned = plan.collectives.all_to_all(x, plan.receive, plan.send)
     out = torch.empty_like(returned)
     out[plan.order] = returned
     return out

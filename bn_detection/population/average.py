@@ -14,8 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def average_running_statistics(model: nn.Module) -> None:
     """Give all workers the mean of their running statistics, in place and in one collective.
 
-    Each worker's EMA has equal weight; a worker whose layer has not yet seen a sample has none.
-    Every worker of the default process group must call it. With one process nothing changes.
+    The weight of a worker's EMA is the number of mini-batches in it: a worker that had no rows in
+    some steps (with ``ShuffleBN`` by features: whose group was empty) counts for less. Every worker
+    of the default process group must call it. With one process nothing changes.
 
     Args:
         model: its BatchNorm layers (any subclass of torch's) that track statistics take part.
@@ -28,19 +29,18 @@ def average_running_statistics(model: nn.Module) -> None:
     parts = []
     for layer in layers:
         seen = layer.num_batches_tracked.double().reshape(1)
-        values = torch.cat([seen, layer.running_mean.double(), layer.running_var.double()])
-        weight = (seen > 0).double()
-        parts += [weight, values * weight]
+        statistics = torch.cat([layer.running_mean.double(), layer.running_var.double()])
+        parts += [(seen > 0).double(), seen, statistics * seen]
     flat = torch.cat(parts)
     dist.all_reduce(flat)
     sizes = [size for layer in layers for size in (1, 1, layer.num_features, layer.num_features)]
     pieces = iter(flat.split(sizes))
     for layer in layers:
-        weight, seen, mean, var = (next(pieces) for _ in range(4))
-        if weight > 0:
-            layer.num_batches_tracked.copy_((seen / weight).round().long().squeeze())
-            layer.running_mean.copy_(mean / weight)
-            layer.running_var.copy_(var / weight)
+        workers, seen, mean, var = (next(pieces) for _ in range(4))
+        if seen > 0:
+            layer.num_batches_tracked.copy_((seen / workers).round().long().squeeze())
+            layer.running_mean.copy_(mean / seen)
+            layer.running_var.copy_(var / seen)
 
 
 class AverageStatistics(HookBase):
