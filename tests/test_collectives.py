@@ -16,7 +16,14 @@ import torch.multiprocessing as mp
 from distributed import run_workers
 from torch import nn
 
-from bn_detection.norm import PartitionedBatchNorm2d, Scope, build_partition
+from bn_detection.norm import (
+    Groups,
+    Partition,
+    PartitionedBatchNorm2d,
+    Rows,
+    Scope,
+    build_partition,
+)
 from bn_detection.norm.collectives import Collectives
 
 GROUP_TIMEOUT = 4.0
@@ -166,6 +173,54 @@ def test_mismatch_names_layer_and_worker(
     else:
         # The other worker is in a collective that is not of this package, or has ended.
         assert "head" not in second
+
+
+def _exchange(rank: int, world_size: int, owners: list[str]) -> str:
+    collectives = Collectives(owners[rank])
+    rows = torch.arange(3.0).view(3, 1) + 10 * rank
+    try:
+        # Rank 0 sends a row to itself and two to rank 1, which sends three to rank 0.
+        plan = [([1, 2], [1, 3]), ([3, 0], [2, 0])][rank]
+        return str(collectives.all_to_all(rows, *plan).flatten().tolist())
+    except RuntimeError as error:
+        return str(error)
+
+
+@pytest.mark.timeout(60)
+def test_rows_are_exchanged_by_layers_of_one_name_alone() -> None:
+    assert run_workers(_exchange, 2, ["head", "head"]) == [
+        "[0.0, 10.0, 11.0, 12.0]",
+        "[1.0, 2.0]",
+    ]
+    for rank, message in enumerate(run_workers(_exchange, 2, ["box_head", "mask_head"])):
+        owner = ["box_head", "mask_head"][rank]
+        assert message.startswith(f"{owner}: worker {rank} of 2 exchanges statistics")
+
+
+class _OwnNumber(Partition):
+    """A mistake: another number of groups on each worker."""
+
+    spans_workers = True
+
+    def groups(self, rows: Rows) -> Groups:
+        return Groups(torch.zeros(rows.count, dtype=torch.long), rows.rank + 2)
+
+
+def _own_numbers(rank: int, world_size: int) -> str:
+    layer = PartitionedBatchNorm2d(3, partition=_OwnNumber())
+    layer.scope.rename("roi_heads.box_head")
+    with pytest.raises(RuntimeError) as error:
+        layer(torch.randn(4, 3, 2, 2))
+    return str(error.value)
+
+
+@pytest.mark.timeout(60)
+def test_a_number_of_groups_that_differs_is_refused_before_it_is_sent() -> None:
+    for message in run_workers(_own_numbers, 2):
+        assert message == (
+            "roi_heads.box_head: the number of groups of _OwnNumber must be the same on all "
+            "workers, and is 2 on worker 0, 3 on worker 1."
+        )
 
 
 def _sums(rank: int, world_size: int) -> list[torch.Tensor]:

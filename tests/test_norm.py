@@ -353,6 +353,20 @@ def test_set_inference_replaces_batch_norm_and_keeps_its_tensors(
     assert relative_error(model.head[0](x), expected) < 1e-5
 
 
+def test_set_inference_knows_a_layer_by_all_its_names() -> None:
+    model = nn.Sequential()
+    layer = nn.BatchNorm2d(CHANNELS)
+    for name in ("backbone", "head", "again"):
+        model.add_module(name, nn.Sequential(layer))
+    assert set_inference(model.eval(), "batch", ["head.*"]) == ["head.0"]
+    assert model.backbone[0] is model.head[0] is model.again[0]
+    x = samples([4])[0]
+    expected, _ = normalize(x.double(), torch.zeros(4))
+    assert relative_error(model.again(x), expected) < 1e-5
+    assert set_inference(model, "population", ["again.*", "head.*"]) == ["head.0", "again.0"]
+    assert torch.equal(model.backbone(x), layer.eval()(x))
+
+
 def test_set_inference_leaves_layers_without_statistics_alone() -> None:
     model = nn.Sequential(nn.BatchNorm2d(CHANNELS, track_running_stats=False))
     assert set_inference(model, "batch", ["*"]) == []

@@ -224,6 +224,17 @@ def test_draws_differ_and_are_the_same_on_all_workers_and_after_a_resume(seed: i
     assert draws[4] == draws[2], "a new process at the same iteration"
 
 
+def test_negative_seeds_are_drawn_for_ghosts_too() -> None:
+    def draw(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        scope = make_scope(build_partition("ghost", ghost_size=4).groups, -1)
+        layer, x = nn.Identity(), torch.zeros(40, 1, 1, 1)
+        return torch.cat([scope.get(layer, x).ids for _ in range(2)])
+
+    assert torch.equal(draw(0), draw(0))
+    assert not torch.equal(draw(0), draw(1))
+
+
 def test_negative_seeds_are_drawn() -> None:
     scopes = [make_scope(build_partition("shuffle", virtual_workers=2).groups, -1) for _ in "ab"]
     for made in scopes:

@@ -202,9 +202,9 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
         count, mean, var = statistics.count, statistics.mean, statistics.var
         counted = count > 1
         usable = counted & _finite(mean, var)
-        number = usable.sum(0)
-        mean = torch.where(usable, mean, 0).sum(0) / number
-        var = torch.where(usable, var * (count / (count - 1)), 0).sum(0) / number
+        number, unusable = usable.sum(0), ~usable
+        var = var * (count / (count - 1))
+        mean, var = (t.masked_fill(unusable, 0).sum(0) / number for t in (mean, var))
         self.num_batches_tracked.add_(counted.any())
         self._move(mean, var, number > 0)
 

@@ -70,18 +70,17 @@ def _sums_kernel(
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < channels
     group = tl.load(group_of_chunk_ptr + chunk)
-    first = tl.zeros((), tl.int32)
-    last = tl.zeros((), tl.int32)
-    if group < groups:
-        first = tl.load(first_row_ptr + group)
-        last = tl.load(first_row_ptr + group + 1)
-        first += (chunk - tl.load(first_chunk_ptr + group)) * rows_a_chunk
-        last = tl.minimum(first + rows_a_chunk, last)
+    used = group < groups
+    first_row = tl.load(first_row_ptr + group, mask=used, other=0)
+    first_chunk = tl.load(first_chunk_ptr + group, mask=used, other=0)
+    first = first_row + (chunk - first_chunk) * rows_a_chunk
+    last = tl.load(first_row_ptr + group + 1, mask=used, other=0)
+    last = tl.minimum(first + rows_a_chunk, last)
     sums = tl.zeros((BLOCK_C,), tl.float64)
     products = tl.zeros((BLOCK_C,), tl.float64)
     mean = tl.zeros((BLOCK_C,), ACC)
-    if GRADIENT and group < groups:
-        mean = tl.load(mean_ptr + group * channels + c, mask=in_c, other=0.0)
+    if GRADIENT:
+        mean = tl.load(mean_ptr + group * channels + c, mask=in_c & used, other=0.0)
     begin = part * positions_a_program
     end = tl.minimum(begin + positions_a_program, positions)
     for i in range(first, last):
@@ -276,45 +275,44 @@ class TritonKernels:
         offset = 0 if gradient else 1
         out = x.new_empty(groups.number, offset + 2 * channels, dtype=torch.float64)
         mean = mean.to(accumulation_dtype(x)).contiguous() if gradient else sums
-        with torch.cuda.device_of(x):
-            _launch(
-                _sums_kernel,
-                (len(chunks.group), blocks, parts),
-                x,
-                grad,
-                mean,
-                chunks.first_row if chunks.order is None else chunks.order,
-                chunks.group,
-                chunks.first_chunk,
-                chunks.first_row,
-                sums,
-                channels,
-                positions,
-                part,
-                chunks.rows,
-                groups.number,
-                *_strides(x),
-                *_strides(grad),
-                SORTED=chunks.order is not None,
-                GRADIENT=gradient,
-                ACC=_acc(x),
-                BLOCK_C=block_c,
-                BLOCK_P=block_p,
-            )
-            _launch(
-                _add_chunks_kernel,
-                (groups.number, triton.cdiv(2 * channels, 64), 1),
-                sums,
-                chunks.first_chunk,
-                chunks.first_row,
-                out,
-                2 * channels,
-                positions,
-                parts,
-                offset,
-                BLOCK=64,
-                CHUNKS=32,
-            )
+        _launch(
+            _sums_kernel,
+            (len(chunks.group), blocks, parts),
+            x,
+            grad,
+            mean,
+            chunks.first_row if chunks.order is None else chunks.order,
+            chunks.group,
+            chunks.first_chunk,
+            chunks.first_row,
+            sums,
+            channels,
+            positions,
+            part,
+            chunks.rows,
+            groups.number,
+            *_strides(x),
+            *_strides(grad),
+            SORTED=chunks.order is not None,
+            GRADIENT=gradient,
+            ACC=_acc(x),
+            BLOCK_C=block_c,
+            BLOCK_P=block_p,
+        )
+        _launch(
+            _add_chunks_kernel,
+            (groups.number, triton.cdiv(2 * channels, 64), 1),
+            sums,
+            chunks.first_chunk,
+            chunks.first_row,
+            out,
+            2 * channels,
+            positions,
+            parts,
+            offset,
+            BLOCK=64,
+            CHUNKS=32,
+        )
         return out
 
     def _affine(
@@ -335,26 +333,25 @@ class TritonKernels:
         acc = accumulation_dtype(x)
         channels, positions = x.shape[1], x.shape[2] * x.shape[3]
         block_c, block_p = _blocks(x)
-        with torch.cuda.device_of(x):
-            _launch(
-                _affine_kernel,
-                (len(x), triton.cdiv(channels, block_c), triton.cdiv(positions, block_p)),
-                x,
-                grad,
-                x if groups.ids is None else groups.ids,
-                *(t.to(acc).contiguous() for t in (mean, slope, shift, scale)),
-                out,
-                channels,
-                positions,
-                *_strides(x),
-                *_strides(grad),
-                *_strides(out),
-                GROUPED=groups.ids is not None,
-                GRADIENT=gradient,
-                ACC=_acc(x),
-                BLOCK_C=block_c,
-                BLOCK_P=block_p,
-            )
+        _launch(
+            _affine_kernel,
+            (len(x), triton.cdiv(channels, block_c), triton.cdiv(positions, block_p)),
+            x,
+            grad,
+            x if groups.ids is None else groups.ids,
+            *(t.to(acc).contiguous() for t in (mean, slope, shift, scale)),
+            out,
+            channels,
+            positions,
+            *_strides(x),
+            *_strides(grad),
+            *_strides(out),
+            GROUPED=groups.ids is not None,
+            GRADIENT=gradient,
+            ACC=_acc(x),
+            BLOCK_C=block_c,
+            BLOCK_P=block_p,
+        )
         return out
 
     def _cut(self, groups: Groups, x: Tensor, rows: int) -> _Chunks:
@@ -366,8 +363,12 @@ class TritonKernels:
         return known[rows]
 
 
-def _launch(kernel: Any, grid: tuple[int, int, int], *args: Any, **constants: Any) -> None:
-    kernel[grid](*args, **constants)
+def _launch(
+    kernel: Any, grid: tuple[int, int, int], x: Tensor, *args: Any, **constants: Any
+) -> None:
+    """Run a kernel on the device of its first argument."""
+    with torch.cuda.device_of(x):
+        kernel[grid](x, *args, **constants)
 
 
 def _acc(x: Tensor) -> tl.dtype:
