@@ -195,14 +195,15 @@ class Forwards(Generic[T]):
     def find(self, x: Tensor) -> T | None:
         """What the forward had that is repeated with ``x``; None if it is not known."""
         probe = _probe(x)
+        kept = [f for f in reversed(self._kept) if f.probe.shape == probe.shape]
+        differences = [probe, *(forward.probe - probe for forward in kept)]
+        size, *distances = torch.stack([d.abs().sum() for d in differences]).tolist()
         # Not always the same bits: some GPU kernels add in any order.
-        allowed = 0.01 * float(probe.abs().sum())
-        candidates = []
-        for age, forward in enumerate(reversed(self._kept)):
-            if forward.probe.shape == probe.shape:
-                distance = float((forward.probe - probe).abs().sum())
-                if distance <= allowed:
-                    candidates.append((distance, forward.repeats, age, forward))
+        candidates = [
+            (distance, forward.repeats, age, forward)
+            for age, (distance, forward) in enumerate(zip(distances, kept, strict=True))
+            if distance <= 0.01 * size
+        ]
         if not candidates:
             return None
         found = min(candidates, key=lambda candidate: candidate[:3])[-1]
