@@ -192,7 +192,8 @@ def test_full_size_retinanet_configs_are_detectron2s(kind: str) -> None:
         assert estimator == config.BN.POPULATION.ESTIMATOR
     stock.MODEL.RETINANET.pop("NORM")
     stock.MODEL.META_ARCHITECTURE = "BNRetinaNet"
-    cfg.MODEL.ROI_KEYPOINT_HEAD.pop("NORM")  # this project's key
+    cfg.MODEL.ROI_KEYPOINT_HEAD.pop("NORM")  # this project's keys
+    cfg.SOLVER.AMP.pop("PRECISION")
     ours = {"BN", "OUTPUT_DIR", "DATASETS", "VERSION"}
     for key in stock.keys() - ours:
         assert cfg[key] == stock[key], key
@@ -208,7 +209,8 @@ def test_full_size_configs_are_detectron2s_mask_rcnn_3x(kind: str) -> None:
     except (ImportError, RuntimeError) as error:
         pytest.skip(str(error))
     cfg = load_config(parse(ROOT / "configs" / f"mask_rcnn_{kind}.yaml", []))
-    assert cfg.MODEL.ROI_KEYPOINT_HEAD.pop("NORM") == ""  # this project's key
+    assert cfg.MODEL.ROI_KEYPOINT_HEAD.pop("NORM") == ""  # this project's keys
+    assert cfg.SOLVER.AMP.pop("PRECISION") == "float16"
     ours = {"BN", "OUTPUT_DIR", "MODEL.ROI_BOX_HEAD", "MODEL.ROI_MASK_HEAD"}
     for node, keys in (("MODEL", stock.MODEL), ("", stock)):
         for key, value in keys.items():
