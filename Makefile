@@ -7,6 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.bn_detection
 DEMO_DIR ?= output/demo
+TEST_JOBS ?= 2
 
 # A checkout of Detectron2 to use in place of the installed one.
 ifdef DETECTRON2_SRC
@@ -32,8 +33,9 @@ demo: install
 study: install
 	$(BIN)/python tools/study.py configs/studies/leakage.yaml --jobs 2
 
+# A file of tests is run by one process, so that what its tests share is made once.
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

@@ -57,6 +57,7 @@ setup(
         "dev": [
             "pytest>=7",
             "pytest-timeout>=2.1",
+            "pytest-xdist>=3.3",
             "hypothesis>=6.80",
             "ruff>=0.5",
             "submitit>=1.5",
