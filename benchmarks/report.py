@@ -1,4 +1,4 @@
-"""Tables in Markdown: those of the results of ``norm.py``, and what all reports share."""
+"""Tables in Markdown: of the results of ``norm.py`` and ``gpu.py``, and what all reports share."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ def markdown(document: dict[str, Any]) -> str:
     """The tables of one run.
 
     Args:
-        document: what ``norm.py`` wrote.
+        document: what ``norm.py`` or ``gpu.py`` wrote.
     """
+    if "parts" in document:
+        return gpu_tables(document)
     machine = document["machine"]
     heading = f"Link of {document['link']}" if document["link"] else machine.get("gpu", "CPU")
     parts = [
@@ -97,6 +99,108 @@ def _link(case: dict[str, Any]) -> str:
         f"Each worker sent {results['gbit_per_second']:.2f} Gbit/s to the other; an all-reduce of "
         f"one number took {format_seconds(results['all_reduce_seconds'])}.\n"
     )
+
+
+def gpu_tables(document: dict[str, Any]) -> str:
+    """The tables of one run of ``gpu.py``.
+
+    Args:
+        document: what it wrote.
+    """
+    machine = document["machine"]
+    heading = f"### {machine.get('gpu', 'CPU')}, {document['date']}\n\n{describe(machine)}\n"
+    if document["quick"]:
+        heading += "\nTiny sizes: these numbers say that it runs, and nothing of its speed.\n"
+    return "\n".join([heading, *(gpu_part(*part) for part in document["parts"].items())])
+
+
+def gpu_part(name: str, part: dict[str, Any]) -> str:
+    """The tables of a part of ``gpu.py``, as far as it came.
+
+    Args:
+        name: the letter of the part.
+        part: its title, results, and error if it failed.
+    """
+    tables = {"a": _tests, "b": _layers, "c": _heads, "d": _detectors, "e": _leaks}
+    text = f"**{part['title']}** ({part['seconds']:.0f} s)\n\n"
+    if "error" in part:
+        text += f"Failed: {part['error'].strip().splitlines()[-1]}\n\n"
+    return text + (tables[name](part["results"]) if part["results"] else "")
+
+
+def _tests(results: dict[str, Any]) -> str:
+    text = f"{results['passed']} tests passed, {results['failed']} failed, "
+    text += f"{results['skipped']} skipped.\n"
+    notes = {**results["failures"], **results["incomplete"]}
+    return text + "".join(f"* {name}: {note}\n" for name, note in notes.items())
+
+
+def _layers(results: dict[str, Any]) -> str:
+    header = ["layer", "step", "ratio", "of the floor", "launched in", "waits", "peak memory"]
+    text = ""
+    for title, case in results.items():
+        text += (
+            f"{title}: a copy moves {case['bytes_per_second'] / 1e9:,.0f} GB/s, so the floor is "
+            f"{format_seconds(case['floor_seconds'])}.\n\n"
+        )
+        rows = [
+            [*_step(name, result), f"{result['times_the_floor']:.2f}", *_launch(result)]
+            for name, result in case["variants"].items()
+        ]
+        text += format_table(header, rows) + "\n"
+    return text
+
+
+def _heads(results: dict[str, Any]) -> str:
+    header = ["NORM", "step", "ratio", "launched in", "waits", "peak memory"]
+    text = ""
+    for title, variants in results.items():
+        rows = [[*_step(name, result), *_launch(result)] for name, result in variants.items()]
+        text += f"{title[0].upper()}{title[1:]}\n\n{format_table(header, rows)}\n"
+    return text
+
+
+def _step(name: str, result: dict[str, Any]) -> list[str]:
+    return [name, format_seconds(result["seconds"]), f"{result['ratio']:.2f}"]
+
+
+def _launch(result: dict[str, Any]) -> list[str]:
+    """What the host does for a step; waits for a GPU there are none of on a CPU."""
+    waits = "-" if result["waits"] is None else str(result["waits"])
+    return [format_seconds(result["host_seconds"]), waits, f"{result['memory_ratio']:.2f}"]
+
+
+def _detectors(results: dict[str, Any]) -> str:
+    header = ["config", "iteration", "ratio", "peak memory", "iterations"]
+    text = ""
+    for title, case in results.items():
+        rows = [
+            [*_step(name, result), format_size(result["peak_bytes"]), str(result["iterations"])]
+            for name, result in case["variants"].items()
+        ]
+        loading = format_seconds(case["loading_seconds"])
+        text += f"{title}; loading them takes {loading} of one process, and is not counted.\n\n"
+        text += format_table(header, rows) + "\n"
+    return text
+
+
+def _leaks(results: dict[str, Any]) -> str:
+    header = ["heads", "iterations", "an iteration", "box AP, population", "box AP, batch"]
+    header += ["leakage, accuracy", "leakage, box AP"]
+    rows = []
+    for name, result in results.items():
+        row = [name, str(result["iterations"]), format_seconds(result["seconds"])]
+        if "box_ap" in result:
+            row += [f"{result['box_ap'][mode]:.1f}" for mode in ("population", "batch")]
+            row += [_estimate(result["leakage"][metric]) for metric in ("accuracy", "box_ap")]
+        rows.append(row + ["-"] * (len(header) - len(row)))
+    return format_table(header, rows)
+
+
+def _estimate(estimate: dict[str, float | None]) -> str:
+    if estimate["low"] is None:
+        return "-" if estimate["value"] is None else f"{estimate['value']:.1f}"
+    return "{value:.1f} [{low:.1f}, {high:.1f}]".format(**estimate)
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:
