@@ -8,7 +8,6 @@ the next; a ratio is the median over the rounds of the ratio within a round.
 
     python benchmarks/norm.py --quick                  prints the tables, in two to three minutes
     python benchmarks/norm.py                          writes benchmarks/results/cpu.json as well
-    python benchmarks/norm.py --device cuda            the layer alone, on a GPU
     sudo PYTHON=.venv/bin/python benchmarks/link.sh    over links of 10 and 1 Gbit/s
     python benchmarks/norm.py --markdown FILE.json     the tables of an earlier run
 """
@@ -80,7 +79,6 @@ class Case:
         rounds: timed steps of each variant.
         workers: processes.
         virtual_workers: that one process stands for; 0 for none.
-        device: ``cpu`` or ``cuda``.
         dtype: of the layer's input.
     """
 
@@ -90,7 +88,6 @@ class Case:
     rounds: int = 0
     workers: int = 1
     virtual_workers: int = 0
-    device: str = "cpu"
     dtype: str = "float32"
 
     @property
@@ -99,7 +96,7 @@ class Case:
         if self.what == "link":
             return f"Link between {self.workers} workers"
         if self.what == "layer":
-            return f"Layer alone, [{self.rois}, {self.channels}, 7, 7] {self.dtype}, {self.device}"
+            return f"Layer alone, [{self.rois}, {self.channels}, 7, 7] {self.dtype}"
         where = f"{self.workers} workers, {self.rois} RoIs each"
         if self.virtual_workers:
             where = f"{self.virtual_workers} virtual workers in one process, {self.rois} RoIs"
@@ -131,7 +128,7 @@ def measure(case: Case) -> dict[str, Any]:
     if case.what == "bytes":
         return _measure_bytes(case)
     modules = _layers(case) if case.what == "layer" else _heads(case)
-    x = torch.randn(case.rois, case.channels, 7, 7, device=case.device)
+    x = torch.randn(case.rois, case.channels, 7, 7)
     x = x.to(getattr(torch, case.dtype)).requires_grad_()
     steps = {name: Step(module, x, case.rows_per_image) for name, module in modules.items()}
     sent, peak = {}, {}
@@ -182,7 +179,7 @@ def _layers(case: Case) -> dict[str, nn.Module]:
         groups = 8 if name == STATISTICS else 0
         options = BNOptions(virtual_workers=groups, ghost_size=case.ghost_size)
         layers[name] = NormFactory(VARIANTS[name][0], options)(case.channels)
-    return {name: layer.to(case.device) for name, layer in layers.items()}
+    return layers
 
 
 class Step:
@@ -212,21 +209,11 @@ def _times(steps: dict[str, Step], case: Case) -> dict[str, list[float]]:
         _progress(f"round {number + 1} of {case.rounds}", end="\r")
         for index in torch.randperm(len(names), generator=order).tolist():
             name = names[index]
-            times[name].append(_seconds(steps[name], case.device))
+            times[name].append(_seconds(steps[name]))
     return times
 
 
-def _seconds(step: Callable[[], Any], device: str) -> float:
-    if device == "cuda":
-        # Several in a row, so that the time to launch the first kernels is not counted.
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        for _ in range(10):
-            step()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e4
+def _seconds(step: Callable[[], Any]) -> float:
     _barrier()
     start_time = time.perf_counter()
     step()
@@ -270,8 +257,8 @@ def _measure_link() -> dict[str, float]:
     gathered = [torch.empty_like(message) for _ in range(dist.get_world_size())]
     gather, reduce = [], []
     for _ in range(5):
-        gather.append(_seconds(lambda: dist.all_gather(gathered, message), "cpu"))
-        reduce.append(_seconds(lambda: dist.all_reduce(number), "cpu"))
+        gather.append(_seconds(lambda: dist.all_gather(gathered, message)))
+        reduce.append(_seconds(lambda: dist.all_reduce(number)))
     return {
         "gbit_per_second": message.nbytes * 8 / 1e9 / statistics.median(gather),
         "all_reduce_seconds": statistics.median(reduce),
@@ -320,7 +307,7 @@ def run(cases: list[Case], **machines: Any) -> list[dict[str, Any]]:
         mine = [case for case in cases if case.workers == workers]
         here = workers // machines.get("num_machines", 1)
         with tempfile.TemporaryDirectory() as folder:
-            launch(_worker, here, device=mine[0].device, args=(mine, folder), **machines)
+            launch(_worker, here, device="cpu", args=(mine, folder), **machines)
             path = Path(folder, "results.json")
             results += json.loads(path.read_text()) if path.exists() else []
     return results
@@ -348,9 +335,6 @@ def choose_cases(args: argparse.Namespace) -> list[Case]:
     """The cases that the command line asks for."""
     rois, rounds = (32, 5) if args.quick else (128, 11)
     rois, rounds = args.rois or rois, args.rounds or rounds
-    if args.device == "cuda":
-        layer = Case("layer", 256, args.rois or 4096, rounds, device="cuda")
-        return [layer, replace(layer, dtype="bfloat16")]
     heads = [Case("head", channels, rois, rounds) for channels in args.channels]
     if args.num_machines > 1:
         workers = args.num_machines
@@ -379,7 +363,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--channels", type=int, nargs="+", default=[256, 64], help="of the head")
     parser.add_argument("--rois", type=int, help="of each process (as on COCO: 1024)")
     parser.add_argument("--rounds", type=int, help="timed steps of each variant")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, help="the JSON file to write")
     parser.add_argument("--overwrite", action="store_true", help="an existing file")
     parser.add_argument("--markdown", type=Path, nargs="+", metavar="JSON", help="print tables")
@@ -390,10 +373,8 @@ def parse_arguments() -> argparse.Namespace:
     link.add_argument("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0")
     link.add_argument("--link", help="what connects them, such as 1gbit")
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU")
     if args.output is None and not args.quick:
-        args.output = RESULTS / f"{f'link_{args.link}' if args.link else args.device}.json"
+        args.output = RESULTS / f"{f'link_{args.link}' if args.link else 'cpu'}.json"
     if args.output and args.output.exists() and not (args.overwrite or args.markdown):
         parser.error(f"{args.output} exists: choose another --output, or --overwrite it")
     return args
@@ -421,7 +402,7 @@ def main() -> None:
         return
     document = {
         "date": datetime.date.today().isoformat(),
-        "machine": machine(args.device),
+        "machine": machine("cpu"),
         "link": args.link,
         "cases": results,
     }
