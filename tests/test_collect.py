@@ -136,11 +136,11 @@ def test_standard_errors_are_the_spread_of_repeated_estimates(estimator: str) ->
         assert (expected / spread - 1).abs().max() < 0.2
 
 
-def test_passes_end_after_the_last_layer_and_leave_nothing_behind() -> None:
+def test_passes_leave_nothing_behind() -> None:
     model = Repeated()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found = collect_statistics(model, batches(1)[0], 3, modules=["first"])
-    assert model.finished == [1], "only the first pass goes to the end"
+    assert model.finished == [1, 2, 3]
     assert found["first"].count == 5 * sum(SIZES[0]) * 20
     for name, value in model.state_dict().items():
         assert torch.equal(before[name], value), name
@@ -251,6 +251,23 @@ def images(number: int, seed: int) -> list[dict[str, object]]:
     return [{"image": image, "height": 128, "width": 128} for image in pixels]
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_heads_without_layers_that_take_part_are_left_out(whole: bool) -> None:
+    model = detector("BN")
+    called = []
+    for head in (model.roi_heads.mask_head, model.roi_heads.box_predictor):
+        head.register_forward_hook(lambda head, *_: called.append(head))
+    options = {"rois": "inference", "whole_forwards": whole}
+    box = collect_statistics(model, [images(2, 0)], 1, modules=["*box_head*"], **options)
+    assert (model.roi_heads.mask_head in called) == whole
+    assert model.roi_heads.box_predictor in called
+    assert model.roi_heads.mask_on is True
+    called.clear()
+    both = collect_statistics(model, [images(2, 0)], 1, modules=["roi_heads.*"], **options)
+    assert model.roi_heads.mask_head in called
+    assert torch.equal(box[BOX].mean, both[BOX].mean)
+
+
 BOX, MASK = "roi_heads.box_head.conv1.norm", "roi_heads.mask_head.mask_fcn2.norm"
 
 
@@ -354,17 +371,14 @@ def test_batches_that_end_early(partition: str, numbers: list[int]) -> None:
 
 def test_lists_that_count_their_calls_get_each_level_its_own() -> None:
     model = nn.ModuleDict({"norm": CycleBatchNormList(3, num_features=CHANNELS)})
-    finished = []
 
     def forward(x: Tensor) -> None:
         for level in range(3):
             model["norm"](x * (level + 1) + level)
-        finished.append(x)
 
     model.forward = forward
     xs = samples([2, 3, 4])
     found = collect_statistics(model, xs, 3)
-    assert len(finished) == 1
     for level in range(3):
         mean, var = moments([x * (level + 1) + level for x in xs])
         assert relative_error(found[f"norm.{level}"].mean, mean) < 1e-6

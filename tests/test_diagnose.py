@@ -166,6 +166,7 @@ def layer(name: str = "roi_heads.box_head.conv1.norm", **changes: Any) -> LayerR
         "spans_workers": False,
         "rows": "RoIs",
         "is_ours": False,
+        "is_exact": True,
         "trains": True,
         "momentum": 0.1,
         "affine_frozen": False,

@@ -83,9 +83,11 @@ def _train(
     results = {}
     for step in range(2):
         xs = [samples(sizes, seed=2 * step + k)[rank].requires_grad_() for k in range(2)]
-        set_rows_per_image([3, sizes[rank] - 3])
+        ys = []
         with clock(step):
-            ys = [repeated(head, x) if where == "head" else head(x) for x in xs]
+            for x in xs:
+                set_rows_per_image([3, sizes[rank] - 3])
+                ys.append(repeated(head, x) if where == "head" else head(x))
             sum((y * y.detach().cos()).sum() for y in ys).backward()
         results |= {f"y{step}{k}": y.detach() for k, y in enumerate(ys)}
         results |= {f"grad_x{step}{k}": x.grad for k, x in enumerate(xs)}

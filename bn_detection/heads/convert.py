@@ -3,33 +3,48 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from detectron2.layers import CycleBatchNormList, FrozenBatchNorm2d
+from detectron2.layers import CycleBatchNormList, FrozenBatchNorm2d, NaiveSyncBatchNorm
 from detectron2.modeling import Backbone, ROIHeads
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Instances
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import FrozenBatchNorm2d as TorchvisionFrozenBatchNorm2d
 
 from ..norm import (
+    ANY_DIMENSIONS,
     LevelBatchNorm2d,
     PartitionedBatchNorm2d,
     Scope,
+    check_initialized,
+    input_dimensions,
+    is_exact,
     matches,
+    register_exact,
     replace_layers,
     set_rows_per_image,
+    take_hooks,
     take_tensors,
+    tracks_statistics,
 )
 from .norms import BNOptions, ChannelLayerNorm, NormFactory
 from .roi_heads import PartitionedHead
 
 logger = logging.getLogger(__name__)
 
-_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _FROZEN = (FrozenBatchNorm2d, TorchvisionFrozenBatchNorm2d)
-_NORM_LAYERS = (*_BATCH_NORMS, *_FROZEN, nn.GroupNorm, nn.InstanceNorm2d, ChannelLayerNorm)
+_NORM_LAYERS = (
+    *(_BatchNorm, *_FROZEN),
+    *(nn.GroupNorm, nn.InstanceNorm2d, ChannelLayerNorm, LayerNorm2d),
+)
+#: Norms of feature maps alone.
+_OF_MAPS = ("IN", "FrozenBN")
+
+register_exact(NaiveSyncBatchNorm.forward)
 
 
 def convert_norm(
@@ -43,9 +58,9 @@ def convert_norm(
     """Replace the normalization layers below some modules of any torch model, in place.
 
     Affine parameters are kept, and running statistics where both kinds have them; so are eps and
-    momentum of a BN layer. Layers below one matched module (the outermost that matches) share one
-    permutation a call, as a head's do. Convert before an optimizer or DDP holds the model: the
-    parameters of frozen layers are new.
+    momentum of a BN layer, and the hooks that a layer has. Layers below one matched module (the
+    outermost that matches) share one permutation a call, as a head's do. Convert before an
+    optimizer or DDP holds the model: the parameters of frozen layers are new.
 
     Args:
         model: the model to change.
@@ -60,18 +75,21 @@ def convert_norm(
         The names of the converted layers.
 
     Raises:
-        ValueError: a glob matches no module, or none with a normalization layer below it; the
-            model itself is a normalization layer; an unknown norm.
+        ValueError: a glob matches no module, or none with a normalization layer below it, or a
+            layer that does more than normalize; the model itself is a normalization layer; an
+            unknown norm.
     """
     globs = [modules] if isinstance(modules, str) else list(modules)
     if isinstance(model, _NORM_LAYERS):
         raise ValueError("convert_norm changes layers within a model, and this model is a layer.")
     parts: list[tuple[str, nn.Module, NormFactory]] = []
     converted: list[str] = []
+    matched: list[str] = []
     new: dict[nn.Module, nn.Module] = {}
     for glob in globs:
         found = False
         for name, module in _outermost(model, glob):
+            matched.append(name)
             layers = norm_layers(module, name)
             if not layers:
                 continue
@@ -88,7 +106,7 @@ def convert_norm(
             converted += [layer_name for layer_name, _ in layers]
             first_names = {layer: layer_name for layer_name, layer in reversed(layers)}
             for layer, at in first_names.items():
-                new[layer] = _convert(at, layer, factory)
+                new[layer] = _convert(at, layer, factory, _surrounding(model, at))
                 _check_levels(model, at, new[layer])
         if not found:
             raise ValueError(_matches_nothing(model, glob, norm))
@@ -106,6 +124,9 @@ def convert_norm(
             announce_images(model, name, factory.scope)
     converted = list(dict.fromkeys(converted))
     logger.info("Converted %d layers to %s: %s", len(converted), norm or '""', ", ".join(converted))
+    left = _other_norm_layers(model, matched, set(new.values()))
+    if left:
+        logger.info("Normalization layers that stay as they are: %s", ", ".join(left))
     return converted
 
 
@@ -145,7 +166,7 @@ def to_plain_batch_norm(model: nn.Module) -> nn.Module:
 
 def _plain(layer: nn.Module) -> nn.Module | None:
     if isinstance(layer, PartitionedBatchNorm2d):
-        return take_tensors(nn.BatchNorm2d(layer.num_features), layer)
+        return take_hooks(take_tensors(_plain_class(layer)(layer.num_features), layer), layer)
     if not isinstance(layer, LevelBatchNorm2d):
         return None
     plain = CycleBatchNormList(layer.num_levels, num_features=layer[0].num_features)
@@ -156,6 +177,12 @@ def _plain(layer: nn.Module) -> nn.Module | None:
             item._buffers = {key: value.clone() for key, value in item._buffers.items()}
     plain.training = layer.training
     return plain
+
+
+def _plain_class(layer: PartitionedBatchNorm2d) -> type[nn.Module]:
+    if layer.dimensions in ((2,), (3,), (2, 3)):
+        return nn.BatchNorm1d
+    return nn.BatchNorm3d if layer.dimensions == (5,) else nn.BatchNorm2d
 
 
 def announce_images(model: nn.Module, name: str, scope: Scope[Any]) -> None:
@@ -210,12 +237,23 @@ def norm_layers(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Modul
     return [
         (name, layer)
         for name, layer in module.named_modules(prefix=prefix, remove_duplicate=False)
-        if isinstance(layer, _NORM_LAYERS) and _tracks_statistics(layer)
+        if isinstance(layer, _NORM_LAYERS)
+        and (tracks_statistics(layer) or not isinstance(layer, _BatchNorm))
     ]
 
 
-def _tracks_statistics(layer: nn.Module) -> bool:
-    return not isinstance(layer, _BATCH_NORMS) or layer.track_running_stats
+def _other_norm_layers(
+    model: nn.Module, parts: Iterable[str], converted: set[nn.Module]
+) -> list[str]:
+    """Names and classes of layers below some modules that normalize, by the names of classes."""
+    return [
+        f"{name} ({type(layer).__name__})"
+        for part in parts
+        for name, layer in model.get_submodule(part).named_modules(prefix=part)
+        if "norm" in type(layer).__name__.lower()
+        and layer not in converted
+        and not any(layer.children())
+    ]
 
 
 def _release_heads(module: nn.Module) -> None:
@@ -228,11 +266,21 @@ def _release_heads(module: nn.Module) -> None:
             head.bn_scope = head.shuffle = None
 
 
-def _convert(name: str, old: nn.Module, factory: NormFactory) -> nn.Module:
-    if any(old.children()):
+def _convert(
+    name: str, old: nn.Module, factory: NormFactory, surrounding: Tensor | None
+) -> nn.Module:
+    is_batch_norm = isinstance(old, _BatchNorm)
+    check_initialized(name, old)
+    if any(old.children()) or (is_batch_norm and not is_exact(old)):
         raise ValueError(
-            f"{name}: a {type(old).__name__} has layers of its own (an activation, for example), "
-            "which a conversion would lose. Leave it out of the pattern."
+            f"{name}: a {type(old).__name__} does more than normalize (an activation, for "
+            "example), which a conversion would lose. Leave it out of the pattern."
+        )
+    dimensions = input_dimensions(old) if is_batch_norm else (4,)
+    if factory.norm in _OF_MAPS and 4 not in dimensions:
+        raise ValueError(
+            f'{name}: the input of a {type(old).__name__} is not 4D, and "{factory.norm}" is of '
+            "feature maps. Leave it out of the pattern."
         )
     channels = _num_channels(old)
     try:
@@ -243,21 +291,31 @@ def _convert(name: str, old: nn.Module, factory: NormFactory) -> nn.Module:
         ) from error
     if isinstance(new, PartitionedBatchNorm2d):
         new.rename(name)
-        if isinstance(old, _BATCH_NORMS):
+        new.dimensions = ANY_DIMENSIONS if isinstance(old, nn.GroupNorm) else dimensions
+        if is_batch_norm:
             new.inference = getattr(old, "inference", "population")
-            return take_tensors(new, old)
+            return take_hooks(take_tensors(new, old), old)
     source = old.state_dict()
-    for value in list(source.values())[:1]:
-        new.to(value.device, value.dtype)
+    if (like := next(iter(source.values()), surrounding)) is not None:
+        new.to(like.device, like.dtype)
     target = new.state_dict()
     for key in target.keys() & source.keys():
         target[key].copy_(source[key])
     trained = dict(old.named_parameters())
     for key, parameter in new.named_parameters():
         parameter.requires_grad_(key not in trained or trained[key].requires_grad)
-    if isinstance(old, (*_BATCH_NORMS, *_FROZEN)) and hasattr(new, "running_var"):
+    if isinstance(old, (_BatchNorm, *_FROZEN)) and hasattr(new, "running_var"):
         new.eps = old.eps
-    return new.train(old.training)
+    return take_hooks(new.train(old.training), old)
+
+
+def _surrounding(model: nn.Module, name: str) -> Tensor | None:
+    """A tensor of the nearest module around a layer that has one, for its dtype and device."""
+    for module in reversed(_ancestors(model, name)):
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                return tensor
+    return None
 
 
 def _check_levels(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -575,6 +575,9 @@ def _head_fix(examined: Examined, layers: Sequence[LayerReport]) -> dict[str, An
         has_norm = examined.cfg.MODEL[key].NAME in (ours, stock) and not converted
         if has_norm and all(layer.name.startswith(prefix) for layer in layers):
             return {"MODEL": {key: {"NAME": ours, "NORM": norm}}}
+    if not any(layer.is_exact for layer in layers):  # which BN.CONVERT would refuse
+        modules = [*examined.cfg.BN.MODULES, *_globs(examined, layers)]
+        return {"BN": {"INFERENCE": "batch", "MODULES": modules}}
     return {"BN": {"CONVERT": _convert(examined, layers, norm)}}
 
 
@@ -589,9 +592,10 @@ def _lineage(name: str) -> list[str]:
 
 
 def _convert(examined: Examined, layers: Sequence[LayerReport], norm: str) -> list[list[str]]:
-    """The entries of BN.CONVERT, after those that there are."""
+    """The entries of BN.CONVERT, after those that there are, for layers that only normalize."""
     there = [list(entry) for entry in examined.cfg.BN.CONVERT]
-    return there + [[glob, norm] for glob in _globs(examined, layers)]
+    exact = [layer for layer in layers if layer.is_exact]
+    return there + [[glob, norm] for glob in _globs(examined, exact)]
 
 
 def _globs(examined: Examined, layers: Sequence[LayerReport]) -> list[str]:

@@ -23,7 +23,9 @@ from ..norm import (
     PartitionedBatchNorm2d,
     build_partition,
     group_statistics,
+    is_exact,
     partition_names,
+    tracks_statistics,
 )
 from ..population import (
     ESTIMATORS,
@@ -62,6 +64,7 @@ class LayerReport:
         spans_workers: whether its normalization batch has rows of several workers.
         rows: what a row of its input is: "RoIs" or "images".
         is_ours: whether the class is of this project.
+        is_exact: whether it only normalizes, so that ``BN.CONVERT`` can replace it.
         trains: whether it normalizes with mini-batches in training.
         momentum: of its running statistics; None for frozen layers.
         affine_frozen: whether it has affine parameters that no optimizer may change.
@@ -89,6 +92,7 @@ class LayerReport:
     spans_workers: bool
     rows: str
     is_ours: bool
+    is_exact: bool
     trains: bool
     momentum: float | None
     affine_frozen: bool
@@ -141,7 +145,6 @@ def inspect_layers(
     if not layers:
         return []
     reports = {name: _describe(model, name, layer) for name, layer in layers.items()}
-    # Layers with other classes, such as BatchNorm1d, are described only.
     trained = batch_norms_in_training(model, ["*"])
     seen = _Inputs(layers)
     with seen.watching(model, trained):
@@ -175,7 +178,7 @@ class _Inputs:
 
     def __init__(self, layers: dict[str, nn.Module]) -> None:
         self._layers = layers
-        self._shapes: dict[str, tuple[int, int]] = {}
+        self._positions: dict[str, int] = {}
         self._calls: dict[str, int] = defaultdict(int)
         self._frozen: dict[str, list[Tensor]] = defaultdict(list)
         self._levels: dict[str, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
@@ -223,13 +226,13 @@ class _Inputs:
         self._calls[name] += 1
         if name not in self.joined:
             self._levels[name][level].append(_POOLED.keep(statistics))
-        height, width = self._shapes.get(name, (0, 0))
+        positions = self._positions.get(name, 0)
         groups = zip(statistics.count[:, 0].tolist(), statistics.mean, statistics.var, strict=True)
         for count, mean, var in groups:
             if count > 1:
                 self.values[name].append(count)
-                if height * width:
-                    self.rows[name].append(count / (height * width))
+                if positions:
+                    self.rows[name].append(count / positions)
                 self.batches[name].append((mean, var * count / (count - 1)))
 
     def levels(self, name: str) -> list[PopulationStatistics]:
@@ -243,7 +246,7 @@ class _Inputs:
         return {name: _population(torch.stack(parts)) for name, parts in self._frozen.items()}
 
     def _see_shape(self, name: str, x: Tensor) -> None:
-        self._shapes[name] = tuple(x.shape[2:4])
+        self._positions[name] = x.shape[2:].numel()
 
     def _see_frozen(self, name: str, x: Tensor) -> None:
         self._frozen[name].append(_POOLED.keep(group_statistics(x, Groups(None, 1))))
@@ -266,8 +269,7 @@ def _batch_norms(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, _FROZEN)
-        or (isinstance(module, _BatchNorm) and module.track_running_stats)
+        if isinstance(module, _FROZEN) or tracks_statistics(module)
     }
 
 
@@ -290,6 +292,7 @@ def _describe(model: nn.Module, name: str, layer: nn.Module) -> LayerReport:
         spans_workers=_spans_workers(layer),
         rows="RoIs" if in_roi_heads else "images",
         is_ours=isinstance(layer, PartitionedBatchNorm2d),
+        is_exact=frozen or is_exact(layer),
         trains=trains,
         momentum=None if frozen else layer.momentum,
         affine_frozen=trains and bool(affine) and not any(p.requires_grad for p in affine),

@@ -1,10 +1,21 @@
 """The one normalization layer, its partitions and collectives. Knows torch alone."""
 
+from .batch_norms import (
+    ANY_DIMENSIONS,
+    as_maps,
+    check_initialized,
+    input_dimensions,
+    is_exact,
+    register_exact,
+    take_hooks,
+    take_tensors,
+    tracks_statistics,
+)
 from .collectives import Collectives, world_size
-from .convert import matches, replace_layers, set_inference, take_tensors
+from .convert import matches, replace_layers, set_inference
 from .functional import GroupStatistics, group_statistics, grouped_batch_norm
 from .kernels import KERNELS
-from .layer import INFERENCE, PartitionedBatchNorm2d
+from .layer import INFERENCE, PartitionedBatchNorm2d, partitioned
 from .levels import LevelBatchNorm2d, LevelOptions
 from .partition import (
     Groups,
@@ -22,6 +33,7 @@ from .scope import Rows, Scope, normalizes_in_training, set_clock, set_rows_per_
 from .shuffle import ExchangePlan, exchange, plan_exchange, restore
 
 __all__ = [
+    "ANY_DIMENSIONS",
     "INFERENCE",
     "KERNELS",
     "Collectives",
@@ -35,16 +47,22 @@ __all__ = [
     "RenormSchedule",
     "Rows",
     "Scope",
+    "as_maps",
     "build_partition",
     "check_choice",
+    "check_initialized",
     "exchange",
     "group_statistics",
     "grouped_batch_norm",
     "images_per_virtual_worker",
+    "input_dimensions",
+    "is_exact",
     "matches",
     "normalizes_in_training",
     "partition_names",
+    "partitioned",
     "plan_exchange",
+    "register_exact",
     "register_partition",
     "replace_layers",
     "restore",
@@ -52,7 +70,9 @@ __all__ = [
     "set_inference",
     "set_rows_per_image",
     "shuffled_groups",
+    "take_hooks",
     "take_tensors",
+    "tracks_statistics",
     "virtual_share",
     "world_size",
 ]

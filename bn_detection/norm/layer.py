@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .batch_norms import (
+    ANY_DIMENSIONS,
+    as_maps,
+    input_dimensions,
+    register_exact,
+    take_hooks,
+    take_tensors,
+)
 from .collectives import Collectives, world_size
 from .functional import AllReduce, GroupStatistics, group_statistics, grouped_batch_norm
 from .kernels import KERNELS
@@ -48,6 +57,9 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
             has its own.
         kernels: what groups are normalized by in training: ``torch``; ``triton``; or ``auto``,
             Triton's on CUDA where they work.
+        dimensions: the numbers of dimensions that the input can have; 4 by default. Where all of
+            them can be (``ANY_DIMENSIONS``), the first input decides. Groups are of rows, whatever
+            the rest of the input is.
         affine: whether the layer has affine parameters.
         eps: added to the variance.
         momentum: weight of the newest mini-batch in the running statistics; None for their
@@ -57,11 +69,12 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
         observer: if set, gets the mini-batch statistics of each training forward, and whether their
             groups span workers; the running statistics then move only if it returns True.
 
-    Shape: input and output ``(N, C, H, W)``, any floating dtype, N >= 0.
+    Shape: input and output ``(N, C, H, W)``, any floating dtype, N >= 0; ``(N, C)``, ``(N, C, L)``
+        or ``(N, C, D, H, W)`` where ``dimensions`` say so.
 
     Raises:
-        ValueError: for an unknown partition or inference mode, an input that is not 4D, or (by the
-            partition) rows of unknown images.
+        ValueError: for an unknown partition or inference mode, an input of other dimensions, or (by
+            the partition) rows of unknown images.
         ImportError: kernels are ``triton``, and it is not installed.
         RuntimeError: workers are not in step, or the layer is called outside the module that it
             shares groups with.
@@ -76,6 +89,7 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
         renorm: RenormSchedule | None = None,
         scope: Scope[Groups] | None = None,
         kernels: str = "auto",
+        dimensions: tuple[int, ...] = (4,),
         affine: bool = True,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
@@ -85,6 +99,7 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
         self.inference = check_choice("inference", inference, INFERENCE)
         self.renorm = renorm
         self.kernels = check_choice("kernels", kernels, KERNELS)
+        self.dimensions = dimensions
         self.scope = scope or Scope(self.partition.checked_groups)
         self.rename("")
         self.observer: Callable[[GroupStatistics, bool], bool | None] | None = None
@@ -100,7 +115,7 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
     ) -> Tensor:
         """
         Args:
-            input: ``(N, C, H, W)``.
+            input: ``(N, C, H, W)``, or of the other ``dimensions``.
             weight: ``(C,)``, the affine scale in place of the layer's own.
             bias: ``(C,)``, the affine shift likewise.
 
@@ -135,19 +150,29 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
         self._move(mean, var, _finite(mean, var))
         return y
 
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() not in self.dimensions:
+            wanted = " or ".join(f"{number}D" for number in self.dimensions)
+            raise ValueError(
+                f"{self.name or type(self).__name__}: expected {wanted} input (got {input.dim()}D)"
+            )
+        if self.dimensions == ANY_DIMENSIONS:
+            self.dimensions = (input.dim(),)
+
     @torch.compiler.disable
     def _grouped(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, fused: bool
     ) -> Tensor:
+        shape, x = x.shape, as_maps(x)
         groups, all_reduce = self.sharing(x)
         statistics = group_statistics(x, groups, all_reduce, kernels=self.kernels)
         correction = None if self.renorm is None else self._correction(x, statistics)
         moves = self.observe(statistics)
-        if fused and moves:
-            return self._fused(x, weight, bias)  # the same bits as without an observer
+        if fused and moves:  # the same bits as without an observer
+            return self._fused(x, weight, bias).reshape(shape)
         if moves:
             self.move_running_statistics(statistics)
-        return grouped_batch_norm(
+        y = grouped_batch_norm(
             x,
             weight,
             bias,
@@ -158,6 +183,7 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
             correction=correction,
             kernels=self.kernels,
         )
+        return y if x.shape == shape else y.reshape(shape)
 
     @property
     def spans_workers(self) -> bool:
@@ -243,6 +269,21 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), type(self.partition).__name__, f"inference={self.inference}"]
         return ", ".join(parts + ([f"{self.renorm}"] if self.renorm else []))
+
+
+register_exact(PartitionedBatchNorm2d.forward)
+
+
+def partitioned(source: nn.Module, **options: Any) -> PartitionedBatchNorm2d:
+    """A :class:`PartitionedBatchNorm2d` with the tensors, eps, momentum and hooks of a BN layer.
+
+    Args:
+        source: computes BN and nothing else (:func:`is_exact`).
+        options: of the new layer.
+    """
+    options = {"dimensions": input_dimensions(source), **options}
+    layer = PartitionedBatchNorm2d(source.num_features, **options)
+    return take_hooks(take_tensors(layer, source), source)
 
 
 def _finite(mean: Tensor, var: Tensor) -> Tensor:

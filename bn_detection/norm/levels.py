@@ -137,6 +137,12 @@ class LevelBatchNorm2d(nn.ModuleList):
                 f"{self._owner}: {len(features)} feature levels were given, and it was made for "
                 f"{self.num_levels} levels, which share or own statistics by their position."
             )
+        if not isinstance(self[0], PartitionedBatchNorm2d):
+            raise TypeError(
+                f"{self._owner}: its layers were replaced by {type(self[0]).__name__}, which knows "
+                "nothing of levels. Replace layers by bn_detection.convert_norm, or call "
+                "to_plain_batch_norm first."
+            )
         if self.options.train == "shared" and self._use_mini_batch():
             return self._normalize_together(features)
         return [

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import checkpoint
 
+from .batch_norms import tracks_statistics
 from .collectives import Collectives, rank, world_size
 from .transfer import to_device
 
@@ -41,7 +42,8 @@ def set_clock(clock: Callable[[], int | None]) -> None:
 def set_rows_per_image(counts: Sequence[int]) -> None:
     """Say which images the rows (RoIs) of the next forward of a head come from.
 
-    Detectron2's poolers and heads do it when the head is one of this project or converted.
+    It holds for one training forward of a head that shares groups. Detectron2's poolers and heads
+    do it when the head is one of this project or converted.
 
     Args:
         counts: number of rows of each image of this worker, in the order of the rows.
@@ -101,6 +103,7 @@ class Rows:
         self.collectives = scope.collectives
         self._scope = scope
         self._key = f"{scope.name}/{iteration}/{call}"
+        self.asked_for_images = False
         self._counts: list[int] | None = None
         self._gather: Callable[[], list[list[int]]] | None = None
 
@@ -143,7 +146,8 @@ class Rows:
         Raises:
             ValueError: it is unknown which image a row belongs to.
         """
-        counts = [1] * self.count if self._scope.rows_are_images else _rows_per_image
+        self.asked_for_images = not self._scope.rows_are_images
+        counts = _rows_per_image if self.asked_for_images else [1] * self.count
         if counts is None or sum(counts) != self.count:
             known = "nothing says which image each belongs to"
             if counts is not None:
@@ -299,7 +303,8 @@ class Scope(Generic[T]):
                 raise RuntimeError(
                     f"{_describe(layer)} was called in training outside a forward of {self.owner}, "
                     "so there are no groups of this step that it shares. Call it through that "
-                    "module, or convert it on its own."
+                    "module, or convert the modules that are called: with the pattern "
+                    f'"{self.name}.*" in place of "{self.name}".'
                 )
             call = self._begin(layer)
         if call.value is None:
@@ -337,6 +342,9 @@ class Scope(Generic[T]):
 
     @torch.compiler.disable
     def _open_call(self, module: nn.Module, args: Any) -> None:
+        if not self._is_used(module):
+            self.detach()
+            return
         call = self._open = self._begin(module)
         # Input of other dimensions has other rows than the layers get.
         if self.needs_counts and args and isinstance(args[0], Tensor) and args[0].dim() == 4:
@@ -345,13 +353,20 @@ class Scope(Generic[T]):
 
     @torch.compiler.disable
     def _close_call(self) -> None:
+        global _rows_per_image
+        if self._open.rows is not None and self._open.rows.asked_for_images:
+            _rows_per_image = None  # of another head, or step, from now on
         self._open = None
+
+    def _is_used(self, module: nn.Module) -> bool:
+        """Whether a layer or head below ``module`` has this scope: others may have replaced it."""
+        return any(value is self for m in module.modules() for value in vars(m).values())
 
     def _begin(self, asker: nn.Module) -> _Call[T]:
         iteration = _clock()
         if iteration is None:
             if self._iteration is None:
-                seen = [m for m in asker.modules() if isinstance(m, nn.BatchNorm2d)]
+                seen = [m for m in asker.modules() if tracks_statistics(m)]
                 self._iteration = int(seen[0].num_batches_tracked) - 1 if seen else -1
             iteration = self._iteration + 1
         self._calls_in_iteration = (

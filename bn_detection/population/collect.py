@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from detectron2.layers import NaiveSyncBatchNorm
+from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 from torch import Tensor, nn
 
 from ..norm import (
@@ -22,15 +23,19 @@ from ..norm import (
     GroupStatistics,
     PartitionedBatchNorm2d,
     Scope,
+    as_maps,
     check_choice,
+    check_initialized,
     group_statistics,
     grouped_batch_norm,
+    is_exact,
     matches,
     normalizes_in_training,
+    tracks_statistics,
     world_size,
 )
 from .estimators import ESTIMATORS, Estimator, PopulationStatistics
-from .untouched import counters_of, set_counters, untouched
+from .untouched import untouched
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +49,13 @@ _FIRST_CHECK = 16
 _LARGE_ERROR = 0.1
 _LOG_SECONDS = 10.0
 
+# Of ROI heads whose mask and keypoint heads come last, and can be switched off.
+_FORWARDS_OF_ROI_HEADS = (StandardROIHeads.forward, CascadeROIHeads.forward)
 _SYNC_BATCH_NORMS = (nn.SyncBatchNorm, NaiveSyncBatchNorm)
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    return model(batch)
 
 
 @torch.no_grad()
@@ -58,6 +69,7 @@ def collect_statistics(
     tolerance: float = 0.0,
     rois: str = "training",
     allow_fewer: bool = False,
+    forward: Callable[[nn.Module, Any], Any] = _call,
     whole_forwards: bool = False,
     listener: Callable[[str, GroupStatistics], None] | None = None,
 ) -> dict[str, PopulationStatistics]:
@@ -79,7 +91,7 @@ def collect_statistics(
     Args:
         model: its BN layers in training mode take part. Normalization is that of training, and the
             running statistics are not moved.
-        batches: this worker's inputs of ``model``; the length of each is its number of images.
+        batches: this worker's inputs of ``model``. Detectron2's are lists of images.
         num_batches: how many of them to use.
         modules: globs over the names of the layers.
         estimator: one of :data:`ESTIMATORS`.
@@ -90,8 +102,10 @@ def collect_statistics(
         allow_fewer: whether to use what there is where ``batches`` end early. Each worker then
             uses all of its own, unless layers share statistics over the workers: these need every
             worker, so all stop with the first.
-        whole_forwards: whether each forward pass runs to its end, and not only as far as the last
-            layer that takes part.
+        forward: calls the model on a batch; for batches that are not its only argument, such as
+            ``lambda model, batch: model(*batch)`` for torchvision's (images, targets).
+        whole_forwards: whether all of the model runs; else a ``StandardROIHeads`` leaves out the
+            mask and keypoint heads without layers that take part.
         listener: called with the name of a layer and the mini-batch statistics of its groups, at
             each call of the layer.
 
@@ -111,10 +125,10 @@ def collect_statistics(
             f"No BatchNorm layer in training mode matches {list(modules)}: there are no statistics "
             "to estimate. Frozen layers and those of a model in eval mode do not take part."
         )
-    collector = _Collector(
-        layers, ESTIMATORS[estimator], num_batches, whole_forwards=whole_forwards, listener=listener
-    )
-    with untouched(model), collector.observing():
+    for name, layer in layers.items():
+        check_initialized(name, layer)
+    collector = _Collector(layers, ESTIMATORS[estimator], num_batches, forward, listener)
+    with untouched(model), collector.observing(), _without_heads(model, layers, whole_forwards):
         if rois == "inference":
             model.eval()
             for layer in layers.values():
@@ -160,10 +174,7 @@ def batch_norms_in_training(model: nn.Module, modules: Sequence[str]) -> dict[st
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)
-        and module.training
-        and module.track_running_stats
-        and matches(name, modules)
+        if tracks_statistics(module) and module.training and matches(name, modules)
     }
 
 
@@ -178,8 +189,26 @@ def all_reduce_of_stock(layer: nn.Module, owner: str) -> Callable[[Tensor], Tens
     return Collectives(owner).all_reduce if spans else None
 
 
-class _Enough(Exception):
-    """Ends a forward pass after the last layer whose input is wanted."""
+@contextmanager
+def _without_heads(
+    model: nn.Module, layers: dict[str, nn.Module], whole_forwards: bool
+) -> Iterator[None]:
+    """Leave out heads after the box head whose layers do not take part."""
+    wanted = set(layers.values())
+    left_out: list[tuple[nn.Module, str]] = []
+    for heads in [] if whole_forwards else model.modules():
+        if getattr(type(heads), "forward", None) not in _FORWARDS_OF_ROI_HEADS:
+            continue
+        for switch, head in (("mask_on", "mask_head"), ("keypoint_on", "keypoint_head")):
+            if getattr(heads, switch) and wanted.isdisjoint(getattr(heads, head).modules()):
+                left_out.append((heads, switch))
+    for heads, switch in left_out:
+        setattr(heads, switch, False)
+    try:
+        yield
+    finally:
+        for heads, switch in left_out:
+            setattr(heads, switch, True)
 
 
 class _Used(NamedTuple):
@@ -222,22 +251,18 @@ class _Collector:
         layers: dict[str, nn.Module],
         estimator: Estimator,
         num_batches: int,
-        *,
-        whole_forwards: bool,
+        forward: Callable[[nn.Module, Any], Any],
         listener: Callable[[str, GroupStatistics], None] | None,
     ) -> None:
         self.batches = self.images = 0
         self._estimator = estimator
         self._num_batches = num_batches
-        self._whole_forwards = whole_forwards
+        self._forward = forward
         self._listener = listener
         self._ended = False
         self._start = self._logged = time.monotonic()
         self._layers = layers
         self._batch: dict[str, Tensor] = {}
-        self._calls: list[str] = []
-        self._all_calls: list[str] | None = None
-        self._counters: dict[nn.Module, dict[str, float]] = {}
         self._parts: list[Tensor] = []
         self._pending: list[Tensor] = []
         self._batches_a_part = 1
@@ -251,21 +276,29 @@ class _Collector:
             for layer in self._layers.values()
             if isinstance(layer, PartitionedBatchNorm2d)
         }
+        replaced: list[nn.Module] = []
+        handles: list[torch.utils.hooks.RemovableHandle] = []
         try:
             for name, layer in self._layers.items():
                 observe = partial(self._observe, name)
                 if isinstance(layer, PartitionedBatchNorm2d):
                     layer.observer = observe
-                else:
-                    all_reduce = all_reduce_of_stock(layer, name)
+                    continue
+                all_reduce = all_reduce_of_stock(layer, name)
+                if is_exact(layer):
+                    replaced.append(layer)
                     layer.forward = partial(_observed_forward, layer, observe, all_reduce)
+                else:
+                    hook = partial(_observe_input, observe=observe, all_reduce=all_reduce)
+                    handles.append(layer.register_forward_pre_hook(hook))
             yield
         finally:
-            for layer in self._layers.values():
-                if isinstance(layer, PartitionedBatchNorm2d):
-                    layer.observer = previous[layer]
-                else:
-                    vars(layer).pop("forward", None)
+            for layer, observer in previous.items():
+                layer.observer = observer
+            for layer in replaced:
+                del layer.forward
+            for handle in handles:
+                handle.remove()
 
     def take(self, batches: Iterator[Any], *, in_step: bool) -> Iterator[Any]:
         """The batches; workers in step all end with the first that has no more."""
@@ -277,20 +310,13 @@ class _Collector:
             if self._ended:
                 return
             self.batches += 1
-            self.images += len(batch) if isinstance(batch, Sized) else 1
+            self.images += _num_images(batch)
             yield batch
 
     def run(self, model: nn.Module, batch: Any) -> None:
-        """One forward pass; unless it is to be whole, no further than the last of the layers."""
-        self._batch, self._calls = {}, []
-        try:
-            model(batch)
-        except _Enough:
-            # Those that count calls, as CycleBatchNormList does, have not come to an end.
-            set_counters(self._counters)
-        if self._all_calls is None and len(self._batch) == len(self._layers):
-            self._all_calls = self._calls
-            self._counters = counters_of(model)
+        """One forward pass."""
+        self._batch = {}
+        self._forward(model, batch)
         for name, layer in self._layers.items():
             if name not in self._batch:  # it was not called
                 self._batch[name] = self._nothing(layer.num_features)
@@ -311,9 +337,6 @@ class _Collector:
         if name in self._batch:
             kept = self._merge([self._batch[name], kept])
         self._batch[name] = kept
-        self._calls.append(name)
-        if self._calls == self._all_calls and not self._whole_forwards:
-            raise _Enough
 
     def _add(self, batch: Tensor) -> None:
         self._pending.append(batch)
@@ -369,15 +392,33 @@ def _observed_forward(
     layer: nn.Module,
     observe: Callable[[GroupStatistics, bool], None],
     all_reduce: Callable[[Tensor], Tensor] | None,
-    x: Tensor,
+    input: Tensor,
 ) -> Tensor:
-    """That of ``nn.BatchNorm2d`` and ``nn.SyncBatchNorm`` in training mode."""
-    groups = Groups(None, 1)
+    """That of a layer of torch in training mode, whose statistics are computed once."""
+    x, groups = as_maps(input), Groups(None, 1)
     statistics = group_statistics(x, groups, all_reduce)
     observe(statistics, all_reduce is not None)
     weight = layer.weight if layer.affine else torch.ones_like(layer.running_mean)
     bias = layer.bias if layer.affine else torch.zeros_like(layer.running_mean)
-    return grouped_batch_norm(x, weight, bias, statistics, groups, layer.eps)
+    return grouped_batch_norm(x, weight, bias, statistics, groups, layer.eps).reshape(input.shape)
+
+
+def _observe_input(
+    layer: nn.Module,
+    args: tuple[Any, ...],
+    *,
+    observe: Callable[[GroupStatistics, bool], None],
+    all_reduce: Callable[[Tensor], Tensor] | None,
+) -> None:
+    """Before a forward of a layer's own, which may do more than normalize."""
+    statistics = group_statistics(as_maps(args[0]), Groups(None, 1), all_reduce)
+    observe(statistics, all_reduce is not None)
+
+
+def _num_images(batch: Any) -> int:
+    """The length of a batch; of a tuple, such as (images, targets), that of its first item."""
+    first = batch[0] if isinstance(batch, tuple) and batch else batch
+    return len(first) if isinstance(first, Sized) else 1
 
 
 def _checks(num_batches: int) -> Iterator[int]:
