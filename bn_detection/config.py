@@ -13,6 +13,11 @@ class ConfigError(ValueError):
     """
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def add_bn_detection_config(cfg: CN) -> None:
     """Add every key of this project to a Detectron2 config, in place.
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import pickle
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetMapper,
+    build,
     build_detection_test_loader,
     build_detection_train_loader,
     get_detection_dataset_dicts,
@@ -15,6 +18,8 @@ from detectron2.data import (
 from detectron2.data.samplers import TrainingSampler
 from torch.utils.data import DataLoader
 
+from ..config import ConfigError, one_line
+from ..pickles import only_data
 from .coco_json import check_num_classes
 from .unreadable import Mapper, ReadableLoader, SkipUnreadable
 
@@ -57,14 +62,29 @@ def load_training_dicts(cfg: CfgNode, *, labels: bool) -> list[dict[str, Any]]:
         cfg: the config.
         labels: whether images without the annotations that training needs are left out.
     """
-    loads_proposals, keypoints = cfg.MODEL.LOAD_PROPOSALS, cfg.MODEL.ROI_KEYPOINT_HEAD
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD
     needs_keypoints = labels and cfg.MODEL.KEYPOINT_ON
-    return get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=labels and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=keypoints.MIN_KEYPOINTS_PER_IMAGE if needs_keypoints else 0,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if loads_proposals else None,
-    )
+    with _proposals(cfg, "PROPOSAL_FILES_TRAIN") as files:
+        return get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=labels and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=keypoints.MIN_KEYPOINTS_PER_IMAGE if needs_keypoints else 0,
+            proposal_files=files,
+        )
+
+
+@contextmanager
+def _proposals(cfg: CfgNode, key: str) -> Iterator[Sequence[str] | None]:
+    """The files of proposals, which Detectron2 then reads as data; None if it loads none."""
+    if not cfg.MODEL.LOAD_PROPOSALS:
+        yield None
+        return
+    files = cfg.DATASETS[key]
+    try:
+        with only_data(build):
+            yield files
+    except pickle.UnpicklingError as error:
+        raise ConfigError(f"DATASETS.{key} {', '.join(files)}: {one_line(error)}") from error
 
 
 def build_test_loader(
@@ -90,7 +110,8 @@ def build_test_loader(
     skipping = SkipUnreadable(
         mapper or DatasetMapper(cfg, False), cfg.OUTPUT_DIR, dataset=dataset_name
     )
-    stock = build_detection_test_loader(cfg, dataset_name, mapper=skipping)
+    with _proposals(cfg, "PROPOSAL_FILES_TEST"):
+        stock = build_detection_test_loader(cfg, dataset_name, mapper=skipping)
     check_num_classes(cfg, dataset_name)
     # Detectron2 v0.6 takes no batch size.
     loader = DataLoader(

@@ -29,6 +29,7 @@ from ..leakage.findings import Examined, conclude
 from ..leakage.layers import LayerReport, inspect_layers, spans_workers
 from .checkpoint import StrictCheckpointer
 from .checks import check_config
+from .config_files import read_config_file
 from .setup import begin, installed_versions, load_config, register_datasets
 from .trainer import Trainer
 
@@ -300,4 +301,4 @@ def _probe(
 
 def _uses_project(config_file: str) -> bool:
     """Whether the config is of this project's trainer, which averages running statistics."""
-    return "BN" in CfgNode.load_yaml_with_base(config_file, allow_unsafe=True)
+    return "BN" in read_config_file(config_file)

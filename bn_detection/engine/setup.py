@@ -9,13 +9,10 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.engine import default_setup
@@ -35,6 +32,7 @@ from ..data import (
 )
 from ..files import replacing
 from .checks import check_config, last_checkpoint
+from .config_files import merge_config_file, merge_overrides
 
 _VERSIONED = ("bn_detection", "detectron2", "torch", "torchvision", "fvcore", "numpy")
 
@@ -56,18 +54,10 @@ def load_config(args: argparse.Namespace, *, unknown_keys: bool = False) -> CfgN
         if not os.path.isfile(args.config_file):
             raise ConfigError(f"--config-file {args.config_file}: there is no such file.")
         cfg.set_new_allowed(unknown_keys)
-        _merge(cfg.merge_from_file, args.config_file, f"--config-file {args.config_file}")
+        merge_config_file(cfg, args.config_file)
         cfg.set_new_allowed(False)
-    _merge(cfg.merge_from_list, args.opts, "KEY VALUE overrides")
+    merge_overrides(cfg, args.opts)
     return cfg
-
-
-def _merge(merge: Callable[[Any], None], source: Any, name: str) -> None:
-    try:
-        merge(source)
-    except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
-        reason = error.args[0] if error.args else repr(error)
-        raise ConfigError(f"{name}: {reason}") from error
 
 
 def preflight(args: argparse.Namespace) -> str:

@@ -1,0 +1,146 @@
+"""Config files read as data, and what is wrong with one said with its file and line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode
+from fvcore.common.config import BASE_KEY
+
+from ..config import ConfigError, one_line
+from ..yaml_files import reading_yaml
+
+_MOST_BASES = 100
+
+
+def merge_config_file(cfg: CfgNode, path: str) -> None:
+    """Merge a YAML config file with its ``_BASE_`` files into ``cfg``, in place.
+
+    The files are data: a tag that would run code (``!!python/...``), which Detectron2 obeys, is
+    refused.
+
+    Args:
+        cfg: with all the keys that the file may have.
+        path: of the file.
+
+    Raises:
+        ConfigError: a file is missing or cannot be read, is no YAML or no mapping; a key or the
+            type of a value is wrong. Names the file, and the line where there is one.
+    """
+    name = f"--config-file {path}"
+    files = list(_with_bases(path, name))
+    try:
+        cfg.merge_from_file(path, allow_unsafe=False)
+    except (KeyError, ValueError, AssertionError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{name}: {_where(error, files)}{_reason(error)}") from error
+
+
+def read_config_file(path: str) -> dict[str, Any]:
+    """The content of a config file with that of its ``_BASE_`` files, as data.
+
+    Args:
+        path: of a file that :func:`merge_config_file` has taken.
+    """
+    return CfgNode.load_yaml_with_base(path, allow_unsafe=False)
+
+
+def merge_overrides(cfg: CfgNode, overrides: list[str]) -> None:
+    """Merge ``KEY VALUE ...`` of a command line into ``cfg``, in place.
+
+    Raises:
+        ConfigError: a key has no value, or a key or the type of a value is wrong.
+    """
+    try:
+        cfg.merge_from_list(overrides)
+    except (KeyError, ValueError, AssertionError, TypeError, AttributeError) as error:
+        raise ConfigError(f"KEY VALUE overrides: {_reason(error)}") from error
+
+
+class _File:
+    """A config file: its keys with dots, each with its line from 1."""
+
+    def __init__(self, path: str, root: yaml.MappingNode) -> None:
+        self.path = path
+        self.lines = dict(_lines(root))
+
+
+def _with_bases(path: str, name: str, depth: int = 0) -> Iterator[_File]:
+    """A file and those that it is based on, each checked to be a mapping of YAML."""
+    if depth > _MOST_BASES:
+        raise ConfigError(f"{name}: {BASE_KEY} leads in a circle.")
+    root, content = _read(path, name)
+    yield _File(path, root)
+    if BASE_KEY not in content:
+        return
+    bases = content[BASE_KEY]
+    for base in bases if isinstance(bases, list) else [bases]:
+        where = f"{name}: {_at(path, root)}: {BASE_KEY} {base!r}"
+        if not isinstance(base, str):
+            raise ConfigError(f"{where}: it must be the path of a config file.")
+        if base.startswith(("https://", "http://")):  # Detectron2 fetches it
+            continue
+        base = os.path.join(os.path.dirname(path), os.path.expanduser(base))
+        if not os.path.isfile(base):
+            raise ConfigError(f"{where}: there is no file {os.path.normpath(base)}.")
+        yield from _with_bases(base, name, depth + 1)
+
+
+def _read(path: str, name: str) -> tuple[yaml.MappingNode, dict[str, Any]]:
+    where = f"{name}: {path}" if path not in name else name
+    if path.endswith(".py"):
+        raise ConfigError(
+            f"{where}: a config file here is YAML. A LazyConfig is Python, for programs of your "
+            "own: examples/lazy_config.py."
+        )
+    with reading_yaml(where):
+        with open(path, encoding="utf-8") as file:
+            loader = yaml.SafeLoader(file.read())
+        root = loader.get_single_node()
+        content = None if root is None else loader.construct_document(root)
+    if not isinstance(content, dict):
+        kind = "is empty" if content is None else f"holds a {type(content).__name__}"
+        raise ConfigError(f"{where} {kind}; a config file is a mapping of keys to values.")
+    for key, _, line in _entries(root):
+        if key.tag != "tag:yaml.org,2002:str":
+            raise ConfigError(f"{where}, line {line}: the key {key.value} is no text.")
+    return root, content
+
+
+def _at(path: str, root: yaml.MappingNode) -> str:
+    line = next(line for key, _, line in _entries(root) if key.value == BASE_KEY)
+    return f"{path}, line {line}"
+
+
+def _entries(node: yaml.Node) -> Iterator[tuple[yaml.Node, yaml.Node, int]]:
+    """Keys, values and lines of a mapping and those in it, except those that lists hold."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield key, value, key.start_mark.line + 1
+            yield from _entries(value)
+
+
+def _lines(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield f"{prefix}{key.value}", key.start_mark.line + 1
+            yield from _lines(value, f"{prefix}{key.value}.")
+
+
+def _where(error: Exception, files: list[_File]) -> str:
+    """The file and line of the key that an error of merging names, if it can be told."""
+    words = {word.strip("'\".,;:") for word in _reason(error).split()}
+    for file in files:
+        named = [key for key in file.lines if key in words]
+        if named:
+            return f"{file.path}, line {file.lines[max(named, key=len)]}: "
+    return ""
+
+
+def _reason(error: Exception) -> str:
+    """What yacs says; a KeyError's text has quotes around it."""
+    if isinstance(error, KeyError) and error.args:
+        return " ".join(str(error.args[0]).split())
+    return one_line(error)
