@@ -21,10 +21,12 @@ class Ended(NamedTuple):
         status: its exit status.
         error: what it wrote to stderr without log lines and warnings, which is one line for an
             error that has a name.
+        trace: the traceback before it.
     """
 
     status: int
     error: str
+    trace: str = ""
 
 
 def run_tool(name: str, *arguments: object) -> Ended:
@@ -44,4 +46,5 @@ def run_tool(name: str, *arguments: object) -> Ended:
     first = next((i for i, line in enumerate(lines) if line.startswith("error: ")), len(lines))
     if isinstance(status, str):
         return Ended(1, status)
-    return Ended(int(status or 0), "\n".join(lines[first:]))
+    start = next((i for i, line in enumerate(lines) if line.startswith("Traceback")), first)
+    return Ended(int(status or 0), "\n".join(lines[first:]), "\n".join(lines[start:first]))

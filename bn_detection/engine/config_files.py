@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,12 @@ from ..config import ConfigError, one_line
 from ..yaml_files import reading_yaml
 
 _MOST_BASES = 100
+_OF_MERGING = (KeyError, ValueError, AssertionError, TypeError, AttributeError)
+"""What yacs and Detectron2 raise for keys and values that are wrong."""
+_MISMATCH = re.compile(
+    r"Type mismatch \(<class '(?P<old>[^']+)'> vs\. <class '(?P<new>[^']+)'>\) "
+    r"with values \((?P<values>.*)\) for config key: (?P<key>\S+)$"
+)
 
 
 def merge_config_file(cfg: CfgNode, path: str) -> None:
@@ -34,8 +41,8 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
     files = list(_with_bases(path, name))
     try:
         cfg.merge_from_file(path, allow_unsafe=False)
-    except (KeyError, ValueError, AssertionError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{name}: {_where(error, files)}{_reason(error)}") from error
+    except _OF_MERGING as error:
+        raise ConfigError(f"{name}{_where(error, files)}: {_reason(error)}") from error
 
 
 def read_config_file(path: str) -> dict[str, Any]:
@@ -53,10 +60,16 @@ def merge_overrides(cfg: CfgNode, overrides: list[str]) -> None:
     Raises:
         ConfigError: a key has no value, or a key or the type of a value is wrong.
     """
-    try:
-        cfg.merge_from_list(overrides)
-    except (KeyError, ValueError, AssertionError, TypeError, AttributeError) as error:
-        raise ConfigError(f"KEY VALUE overrides: {_reason(error)}") from error
+    if len(overrides) % 2:
+        raise ConfigError(f"KEY VALUE overrides: {overrides[-1]} has no value.")
+    for key, value in zip(overrides[::2], overrides[1::2], strict=True):
+        try:
+            cfg.merge_from_list([key, value])
+        except (*_OF_MERGING, RecursionError, MemoryError) as error:
+            # yacs looks for the key in a value.
+            no_key = isinstance(error, TypeError) and "is not iterable" in str(error)
+            reason = "there is no such key." if no_key else _reason(error)
+            raise ConfigError(f"KEY VALUE overrides: {key} {_short(value)}: {reason}") from error
 
 
 class _File:
@@ -77,7 +90,7 @@ def _with_bases(path: str, name: str, depth: int = 0) -> Iterator[_File]:
         return
     bases = content[BASE_KEY]
     for base in bases if isinstance(bases, list) else [bases]:
-        where = f"{name}: {_at(path, root)}: {BASE_KEY} {base!r}"
+        where = f"{_named(name, path)}, line {_line_of_base(root)}: {BASE_KEY} {base!r}"
         if not isinstance(base, str):
             raise ConfigError(f"{where}: it must be the path of a config file.")
         if base.startswith(("https://", "http://")):  # Detectron2 fetches it
@@ -89,7 +102,7 @@ def _with_bases(path: str, name: str, depth: int = 0) -> Iterator[_File]:
 
 
 def _read(path: str, name: str) -> tuple[yaml.MappingNode, dict[str, Any]]:
-    where = f"{name}: {path}" if path not in name else name
+    where = _named(name, path)
     if path.endswith(".py"):
         raise ConfigError(
             f"{where}: a config file here is YAML. A LazyConfig is Python, for programs of your "
@@ -109,9 +122,12 @@ def _read(path: str, name: str) -> tuple[yaml.MappingNode, dict[str, Any]]:
     return root, content
 
 
-def _at(path: str, root: yaml.MappingNode) -> str:
-    line = next(line for key, _, line in _entries(root) if key.value == BASE_KEY)
-    return f"{path}, line {line}"
+def _named(name: str, path: str) -> str:
+    return name if name.endswith(f" {path}") else f"{name}: {path}"
+
+
+def _line_of_base(root: yaml.MappingNode) -> int:
+    return next(line for key, _, line in _entries(root) if key.value == BASE_KEY)
 
 
 def _entries(node: yaml.Node) -> Iterator[tuple[yaml.Node, yaml.Node, int]]:
@@ -135,12 +151,22 @@ def _where(error: Exception, files: list[_File]) -> str:
     for file in files:
         named = [key for key in file.lines if key in words]
         if named:
-            return f"{file.path}, line {file.lines[max(named, key=len)]}: "
+            line = f", line {file.lines[max(named, key=len)]}"
+            return line if file is files[0] else f": {file.path}{line}"
     return ""
 
 
 def _reason(error: Exception) -> str:
-    """What yacs says; a KeyError's text has quotes around it."""
-    if isinstance(error, KeyError) and error.args:
-        return " ".join(str(error.args[0]).split())
-    return one_line(error)
+    """What yacs says, shortened; a KeyError's text has quotes around it."""
+    is_key = isinstance(error, KeyError) and error.args
+    text = " ".join(str(error.args[0] if is_key else error).split()) or one_line(error)
+    if mismatch := _MISMATCH.match(text):
+        value = _short(mismatch["values"].rpartition(" vs. ")[2])
+        expected, found = (mismatch[name].split(".")[-1] for name in ("old", "new"))
+        expected = "a group of keys" if expected == "CfgNode" else f"a value of type {expected}"
+        return f"{mismatch['key']} takes {expected}, not {value} of type {found}."
+    return text
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= 60 else f"{value[:60]}..."

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
 import os
 import platform
 import re
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from ..config import ConfigError, add_bn_detection_config
+from ..config import ConfigError, add_bn_detection_config, one_line
 from ..data import (
     LEAKY_SHAPES,
     check_datasets,
@@ -46,8 +48,10 @@ def load_config(args: argparse.Namespace, *, unknown_keys: bool = False) -> CfgN
             those of somebody's own project.
 
     Raises:
-        ConfigError: the file cannot be read, or a key or the type of a value is wrong.
+        ConfigError: the file or a module of ``--import`` cannot be read, or a key or the type of a
+            value is wrong.
     """
+    _import(getattr(args, "imports", ()))
     cfg = get_cfg()
     add_bn_detection_config(cfg)
     if args.config_file:
@@ -58,6 +62,19 @@ def load_config(args: argparse.Namespace, *, unknown_keys: bool = False) -> CfgN
         cfg.set_new_allowed(False)
     merge_overrides(cfg, args.opts)
     return cfg
+
+
+def _import(modules: Iterable[str]) -> None:
+    """Import modules of the user's own project, in every process that reads its config."""
+    for module in modules:
+        # Where Python's -m looks first; a script looks beside itself.
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise ConfigError(f"--import {module} failed: {reason}") from error
 
 
 def preflight(args: argparse.Namespace) -> str:

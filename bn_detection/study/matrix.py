@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,19 +83,20 @@ class Plan(NamedTuple):
     configs: dict[str, CfgNode]
 
 
-def plan(study: Study, folder: Path, overrides: Overrides) -> Plan:
+def plan(study: Study, folder: Path, overrides: Overrides, imports: Sequence[str] = ()) -> Plan:
     """Plan a study seed by seed, each training before its evaluations.
 
     Args:
         study: the study.
         folder: for everything that is made, except datasets.
         overrides: for every command, after all others.
+        imports: modules that every command imports first.
 
     Raises:
         ConfigError: a config with its overrides cannot be used; the message names the study file,
             the run and the evaluation.
     """
-    planner = _Planner(study, folder, overrides)
+    planner = _Planner(study, folder, overrides, imports)
     for seed in study.seeds:
         for name in study.runs:
             planner.add_run(name, seed)
@@ -103,8 +104,11 @@ def plan(study: Study, folder: Path, overrides: Overrides) -> Plan:
 
 
 class _Planner:
-    def __init__(self, study: Study, folder: Path, overrides: Overrides) -> None:
+    def __init__(
+        self, study: Study, folder: Path, overrides: Overrides, imports: Sequence[str]
+    ) -> None:
         self._study, self._folder, self._overrides = study, folder, overrides
+        self._imports = list(imports)
         self.tasks: list[Task] = []
         self.results: dict[Cell, tuple[Task, Path]] = {}
         self.configs: dict[str, CfgNode] = {}
@@ -186,6 +190,7 @@ class _Planner:
         """The command of a tool; one without workers takes no number of them."""
         command = [sys.executable, str(tool)]
         command += ["--num-gpus", str(workers)] if workers else []
+        command += [f"--import={module}" for module in self._imports]
         command += ["--config-file", str(self._study.runs[run].config), *flags]
         return [*command, *_pairs(options)]
 
@@ -199,7 +204,10 @@ class _Planner:
     ) -> CfgNode:
         config = str(self._study.runs[run].config)
         try:
-            cfg = load_config(argparse.Namespace(config_file=config, opts=_pairs(options)))
+            args = argparse.Namespace(
+                config_file=config, opts=_pairs(options), imports=self._imports
+            )
+            cfg = load_config(args)
             check(cfg)
             if len(cfg.DATASETS.TEST) != 1:
                 raise ConfigError(f"DATASETS.TEST {cfg.DATASETS.TEST}: a study takes one dataset.")
