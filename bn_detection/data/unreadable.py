@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from detectron2.data.detection_utils import read_image
+from detectron2.data.detection_utils import SizeMismatchError, read_image
 from detectron2.utils import comm
 
-from ..config import ConfigError
+from ..config import ConfigError, one_line
+from .records import image_file_problem
 
 logger = logging.getLogger(__name__)
 
@@ -93,19 +94,25 @@ class SkipUnreadable:
         """Map one dataset dict.
 
         Raises:
-            ConfigError: in training, the first 100 distinct images (or all of them, if they are
-                fewer) could not be read by this process.
+            ConfigError: an image has another size than its record says; in training, the first 100
+                distinct images (or all of them, if they are fewer) could not be read by this
+                process.
         """
-        try:
-            mapped = self._mapper(dataset_dict)
-        except Exception:
-            reason = _why_unreadable(dataset_dict["file_name"])
-            if reason is None:
-                raise
-            self._note(dataset_dict["file_name"], reason)
-            return None if self._num_images is not None else _marker(dataset_dict["file_name"])
-        self._any_read = True
-        return mapped
+        name = dataset_dict["file_name"]
+        reason = image_file_problem(name)  # before reading, which would wait for a pipe
+        if reason is None:
+            try:
+                mapped = self._mapper(dataset_dict)
+                self._any_read = True
+                return mapped
+            except SizeMismatchError as error:
+                raise ConfigError(f'Dataset "{self._dataset}": {one_line(error)}') from error
+            except Exception:
+                reason = _why_unreadable(name)
+                if reason is None:
+                    raise
+        self._note(name, reason)
+        return None if self._num_images is not None else _marker(name)
 
     def _note(self, name: str, reason: str) -> None:
         if name in self._failed:
@@ -127,6 +134,8 @@ def _marker(name: str) -> dict[str, Any]:
 
 def _why_unreadable(name: str) -> str | None:
     """Why an image cannot be decoded, or None if it can."""
+    if problem := image_file_problem(name):
+        return problem
     try:
         read_image(name, format="RGB")
     except MemoryError:

@@ -42,8 +42,9 @@ logger = logging.getLogger(__name__)
 
 def _coco_eval(ground_truth: COCO, detections: COCO, iou_type: str) -> Any:
     """faster-coco-eval's or pycocotools' evaluation: one interface, the same numbers."""
-    # For keypoints the former needs ground truth that its own API has loaded.
-    fast = COCOeval_faster is not None and iou_type != "keypoints"
+    # For keypoints the former needs ground truth that its own API has loaded, and ids are numbers.
+    numbers = not any(isinstance(image_id, str) for image_id in ground_truth.imgs)
+    fast = COCOeval_faster is not None and iou_type != "keypoints" and numbers
     logger.info("COCO %s metrics by %s.", iou_type, "faster-coco-eval" if fast else "pycocotools")
     return (COCOeval_faster if fast else COCOeval)(ground_truth, detections, iou_type)
 

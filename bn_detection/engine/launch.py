@@ -146,7 +146,7 @@ def run(
         if _is_first_to_report():
             if getattr(args, "traceback", False):
                 traceback.print_exc()
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {_without_traceback(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
     except WorkerError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -223,6 +223,11 @@ def launch(
     _spawn(job)
     del store
     return None
+
+
+def _without_traceback(error: ConfigError) -> str:
+    """What it says; torch puts the traceback of a data loader's process into the message."""
+    return str(error).rpartition(f"{ConfigError.__module__}.{ConfigError.__name__}: ")[2].strip()
 
 
 @dataclass(frozen=True)

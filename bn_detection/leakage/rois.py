@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..config import ConfigError
 from ..data import ReadableLoader, SkipUnreadable, check_num_classes
+from ..data.records import check_first_images, check_records, needs_of
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,14 @@ def labelled_images(cfg: CfgNode, dataset_name: str) -> list[dict[str, Any]]:
         dataset_name: of a registered dataset.
 
     Raises:
-        ConfigError: there are none, or the dataset's classes are not the model's.
+        ConfigError: there are none, the dataset's classes are not the model's, or a record is not
+            what the model needs.
     """
-    dicts = get_detection_dataset_dicts(dataset_name, filter_empty=False)
+    where = f'DATASETS.TEST: dataset "{dataset_name}"'
+    dicts = get_detection_dataset_dicts(dataset_name, filter_empty=False, check_consistency=False)
     check_num_classes(cfg, dataset_name)
+    check_records(dicts, where, needs_of(cfg))
+    check_first_images(dicts, where)
     labelled = [
         record
         for record in dicts
