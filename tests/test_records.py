@@ -113,7 +113,6 @@ BOTH: list[tuple[Callable[[Content], None], list[str]]] = [
     (first(bbox=7), ["bbox is 7"]),
     (first(bbox=[]), ["bbox is []"]),
     (without("bbox"), ["has no bbox"]),
-    (without("segmentation"), ["has no segmentation", "MODEL.MASK_ON"]),
     (spoil_polygon(math.nan), ["segmentation", "nan"]),
     (spoil_polygon("x"), ["segmentation"]),
     (first(segmentation=[1, 2, 3, 4, 5, 6]), ["segmentation", "list of polygons"]),
@@ -167,6 +166,15 @@ def test_an_evaluation_needs_more(key: str, shapes: tuple[Path, Path], tmp_path:
     edit(shapes[0], without(key))
     register("a", shapes)
     assert key in refused(config(tmp_path), "evaluation")
+
+
+def test_a_mask_that_is_missing_is_named(shapes: tuple[Path, Path], tmp_path: Path) -> None:
+    edit(shapes[0], without("segmentation"))
+    register("a", shapes)
+    for use in ("training", "evaluation", "recalibration"):
+        message = refused(config(tmp_path), use)
+        assert "annotation 1: it has no segmentation" in message
+        assert "MODEL.MASK_ON False" in message
 
 
 def test_boxes_alone_are_enough_without_a_mask_head(

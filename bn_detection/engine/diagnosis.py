@@ -30,6 +30,7 @@ from ..leakage.layers import LayerReport, inspect_layers, spans_workers
 from .checkpoint import StrictCheckpointer
 from .checks import check_config
 from .config_files import read_config_file
+from .rehearsal import rehearse
 from .setup import begin, installed_versions, load_config, register_datasets
 from .trainer import Trainer
 
@@ -76,6 +77,7 @@ def preflight_diagnosis(args: argparse.Namespace) -> str:
             check_dataset_files(f"DATASETS.{key}", name)
     if not cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN is empty: the statistics are measured on its images.")
+    rehearse(cfg, training=False)
     make_folder(folder, f"--output-dir {folder}")
     return cfg.MODEL.DEVICE
 

@@ -32,9 +32,10 @@ from ..data import (
     register_coco_json,
     register_corrupted,
 )
-from ..files import replacing
+from ..files import make_folder, replacing
 from .checks import check_config, last_checkpoint
 from .config_files import merge_config_file, merge_overrides
+from .rehearsal import rehearse
 
 _VERSIONED = ("bn_detection", "detectron2", "torch", "torchvision", "fvcore", "numpy")
 
@@ -92,8 +93,12 @@ def preflight(args: argparse.Namespace) -> str:
     cfg = load_config(args)
     num_workers = int(os.environ.get("WORLD_SIZE", args.num_gpus * args.num_machines))
     check_config(cfg, num_workers=num_workers, eval_only=args.eval_only, resume=args.resume)
+    if not cfg.OUTPUT_DIR:
+        raise ConfigError('OUTPUT_DIR is "": give the folder to write to.')
+    make_folder(Path(cfg.OUTPUT_DIR), f"OUTPUT_DIR {cfg.OUTPUT_DIR}")
     register_datasets(cfg)
     check_datasets(cfg, [] if args.eval_only else cfg.DATASETS.TRAIN)
+    rehearse(cfg, training=not args.eval_only)
     return cfg.MODEL.DEVICE
 
 

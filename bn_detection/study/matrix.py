@@ -16,6 +16,7 @@ from ..config import ConfigError
 from ..engine import check_config, load_config
 from ..engine.checks import check_recalibration
 from ..engine.probing import check_probing
+from ..engine.rehearsal import rehearse
 from ..engine.setup import check_dataset_names, evaluation_folder
 from ..leakage import images_per_worker
 from .study_file import Evaluation, Overrides, Study
@@ -117,7 +118,7 @@ class _Planner:
         output = self._folder / name / f"seed_{seed}"
         workers = self._study.workers
         options = self._options(name, seed, {}, output)
-        check = partial(check_config, num_workers=workers, eval_only=False, resume=True)
+        check = partial(self._check_training, name)
         self.configs[name] = self._check(name, f"run {name}", options, check)
         training = self._add(
             f"{name}, seed {seed}: training",
@@ -193,6 +194,11 @@ class _Planner:
         command += [f"--import={module}" for module in self._imports]
         command += ["--config-file", str(self._study.runs[run].config), *flags]
         return [*command, *_pairs(options)]
+
+    def _check_training(self, name: str, cfg: CfgNode) -> None:
+        check_config(cfg, num_workers=self._study.workers, eval_only=False, resume=True)
+        if name not in self.configs:  # other seeds build the same
+            rehearse(cfg, training=True, step=False)
 
     def _check_probe(self, cfg: CfgNode) -> None:
         check_probing(cfg)
