@@ -30,6 +30,7 @@ from detectron2.utils import comm
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from bn_detection.config import ConfigError
+from bn_detection.files import naming_full_disks
 
 __all__ = [
     "DEFAULT_TIMEOUT",
@@ -206,7 +207,8 @@ def launch(
         )
     _check_num_workers("--num-gpus", num_workers_per_machine, use_gpus)
     if num_machines * num_workers_per_machine == 1:
-        return main_func(*args)
+        with naming_full_disks():
+            return main_func(*args)
 
     # Kept alive here until the workers are done.
     store, address = _open_rendezvous(dist_url, num_machines, machine_rank, timeout)
@@ -329,7 +331,8 @@ def _call_in_process_group(
     _create_local_process_group(num_local_workers)
     # As upstream does: the first collective must not wait longer than the others for slow starters.
     comm.synchronize()
-    result = main_func(*args)
+    with naming_full_disks():
+        result = main_func(*args)
     # Nobody leaves while another may still need it.
     comm.synchronize()
     return result
@@ -376,7 +379,8 @@ def _join_torchrun(
             )
     _check_num_workers("torchrun --nproc-per-node", num_local_workers, use_gpus)
     if world_size == 1:
-        return main_func(*args)
+        with naming_full_disks():
+            return main_func(*args)
     try:
         result = _call_in_process_group(
             main_func,
