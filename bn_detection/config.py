@@ -144,6 +144,10 @@ def add_bn_detection_config(cfg: CN) -> None:
     # then be used in DATASETS.TRAIN and DATASETS.TEST.
     cfg.DATASETS.COCO_JSON = []
 
+    # Keypoints of DATASETS.COCO_JSON that change places in a mirror, [[left, right], ...] by name;
+    # empty for those whose names differ in left and right, or l and r.
+    cfg.DATASETS.KEYPOINT_FLIPS = []
+
     # What SOLVER.AMP.ENABLED computes in beside float32: "float16" (with loss scaling) or
     # "bfloat16".
     cfg.SOLVER.AMP.PRECISION = "float16"

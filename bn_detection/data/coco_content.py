@@ -9,7 +9,6 @@ from typing import Any
 from unittest import mock
 
 from detectron2.data.datasets import load_coco_json
-from pycocotools.coco import COCO
 
 from ..config import one_line
 from .records import Needs, annotation_problem
@@ -25,6 +24,8 @@ def load_coco(json_file: str, image_root: str, name: str) -> list[dict[str, Any]
         ValueError: says what is wrong, and with which record.
     """
     content = read_coco(json_file)
+
+    from pycocotools.coco import COCO  # it takes long to import
 
     def read_already(_: str) -> COCO:
         indexed = COCO()

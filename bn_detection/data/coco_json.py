@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,6 +35,18 @@ _NUM_CLASSES_KEYS = {
     "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
     "BNRetinaNet": "MODEL.RETINANET.NUM_CLASSES",
 }
+
+_PACKAGES = {
+    "coco_panoptic_seg": (
+        "panopticapi",
+        "git+https://github.com/cocodataset/panopticapi.git",
+    ),
+    "lvis": ("lvis", "lvis"),
+    "cityscapes_instance": ("cityscapesscripts", "cityscapesscripts"),
+    "cityscapes_sem_seg": ("cityscapesscripts", "cityscapesscripts"),
+}
+"""What Detectron2's evaluators import when they evaluate, by evaluator_type, and where it is."""
+_COCO_KEYPOINTS = 17
 
 _PATH_METADATA = (
     "json_file",
@@ -154,8 +167,32 @@ def check_datasets(
             check_dataset_files(key, name)
     for name in cfg.DATASETS.TEST:
         check_test_records(cfg, name)
+        check_evaluator(cfg, name)
     for name in (*train_names, *cfg.DATASETS.TEST):
         check_num_classes(cfg, name, num_classes_key)
+
+
+def check_evaluator(cfg: CfgNode, name: str) -> None:
+    """Check that what a dataset's evaluation needs is there, which comes after the training.
+
+    Raises:
+        ConfigError: a package is not installed; the sigmas of keypoints are not known.
+    """
+    kind = MetadataCatalog.get(name).get("evaluator_type")
+    package = _PACKAGES.get(kind)
+    if package and importlib.util.find_spec(package[0]) is None:
+        raise ConfigError(
+            f'DATASETS.TEST: dataset "{name}": its evaluation needs the package {package[0]}, '
+            f"which is not installed: pip install {package[1]}."
+        )
+    number, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, cfg.TEST.KEYPOINT_OKS_SIGMAS
+    needs_sigmas = kind == "coco" and needs_of(cfg).keypoints is not None
+    if needs_sigmas and len(sigmas) != number and (sigmas or number != _COCO_KEYPOINTS):
+        raise ConfigError(
+            f"TEST.KEYPOINT_OKS_SIGMAS {list(sigmas)}: the evaluation of "
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS {number} needs as many numbers, such as 0.05: "
+            "how exact each keypoint is, relative to the size of the object."
+        )
 
 
 def check_test_records(cfg: CfgNode, name: str) -> None:
@@ -203,6 +240,14 @@ def check_train_records(
     check_first_images(records, where)
     if labels:
         check_objects(records, where)
+        if cfg.MODEL.META_ARCHITECTURE in ("PanopticFPN", "SemanticSegmentor") and not all(
+            "sem_seg_file_name" in record for record in records
+        ):
+            raise ConfigError(
+                f"{where}: it has no semantic labels, which MODEL.META_ARCHITECTURE "
+                f'"{cfg.MODEL.META_ARCHITECTURE}" trains on, and {_KEY} has none. Register it with '
+                "Detectron2's register_coco_panoptic_separated, in a module for --import."
+            )
 
 
 def check_classes(cfg: CfgNode) -> None:

@@ -197,6 +197,7 @@ def build_evaluator(
             output_dir=folder,
             tasks_without_predictions=tasks,
             unreadable_dir=cfg.OUTPUT_DIR,
+            kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
         )
 
     def semantic() -> DatasetEvaluator:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetMapper, build_detection_train_loader
+from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_train_loader
 from detectron2.engine import DefaultTrainer
 from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.structures import BoxMode
@@ -46,6 +46,7 @@ _ARCHITECTURES = ("GeneralizedRCNN", "ProposalNetwork", "RetinaNet", "BNRetinaNe
 """Those whose inputs are known."""
 _ModelOf = Callable[[CfgNode], nn.Module]
 _SIDE = 256
+_NOISE = "bn_detection_noise"
 _FEW_ROIS, _FEW_PROPOSALS = 8, 50
 _SECONDS_TO_SEARCH = 20.0
 
@@ -65,7 +66,12 @@ def rehearse(cfg: CfgNode, *, training: bool, step: bool = True) -> None:
             was built.
     """
     cfg = _in_small(cfg)
-    with _generators_kept(), _quiet(), tempfile.TemporaryDirectory() as folder:
+    with (
+        _generators_kept(),
+        _quiet(),
+        _keypoints_known(cfg),
+        tempfile.TemporaryDirectory() as folder,
+    ):
         record = _record(cfg, Path(folder, "noise.png"))
         built: list[nn.Module] = []
         _stage("building the model", ("MODEL", "BN"), cfg, lambda c: built.append(_build(c)))
@@ -262,6 +268,21 @@ def _generators_kept() -> Iterator[None]:
     finally:
         random.setstate(numbers)
         np.random.set_state(state)  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def _keypoints_known(cfg: CfgNode) -> Iterator[None]:
+    """The images of noise have keypoints with names."""
+    if not cfg.MODEL.KEYPOINT_ON:
+        yield
+        return
+    names = [str(number) for number in range(cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS)]
+    MetadataCatalog.get(_NOISE).set(keypoint_names=names, keypoint_flip_map=[])
+    cfg.DATASETS.TRAIN = (_NOISE,)
+    try:
+        yield
+    finally:
+        MetadataCatalog.remove(_NOISE)
 
 
 @contextlib.contextmanager

@@ -28,9 +28,7 @@ from ..data import (
     near_names,
     read_coco_json,
     read_corrupted_name,
-    register_builtin,
-    register_coco_json,
-    register_corrupted,
+    register_datasets,
 )
 from ..files import make_folder, replacing
 from .checks import check_config, last_checkpoint
@@ -143,23 +141,8 @@ def begin(cfg: CfgNode, args: argparse.Namespace, folder: str) -> CfgNode:
     return cfg
 
 
-def register_datasets(cfg: CfgNode) -> None:
-    """Register the datasets of DATASETS.COCO_JSON, the embedded and corrupted ones of ``cfg``.
-
-    Raises:
-        ConfigError: an entry is malformed, its files are not there, or a name that ends in
-            ``@corruption:severity`` means nothing.
-    """
-    register_coco_json(cfg.DATASETS.COCO_JSON)
-    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
-    register_builtin(names)
-    for name in names:
-        if "@" in name:
-            register_corrupted(name)
-
-
 def check_dataset_names(cfg: CfgNode) -> None:
-    """Refuse the names that :func:`register_datasets` would; no dataset is made or registered.
+    """Refuse names that :func:`bn_detection.register_datasets` would, and register nothing.
 
     Raises:
         ConfigError: as there, or no dataset has a name.
