@@ -4,10 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import yaml
 
+from .arithmetic import compute
 from .config import ConfigError, one_line
+
+_EVAL = "tag:yaml.org,2002:python/object/apply:eval"
+
+
+class DataLoader(yaml.SafeLoader):
+    """YAML's safe loader, which computes what Detectron2's model zoo has ``eval`` do.
+
+    Its Base-RetinaNet.yaml, and configs that began as a copy of it, write the sizes of anchors as
+    ``!!python/object/apply:eval ["[... for x in ...]"]``. It is arithmetic, and not run as code.
+    """
+
+
+def _arithmetic(loader: DataLoader, node: yaml.Node) -> Any:
+    try:
+        (text,) = loader.construct_sequence(node)
+        return compute(text)
+    except (ValueError, AttributeError) as error:
+        raise yaml.constructor.ConstructorError(
+            None, None, f"the tag {_EVAL} is for lists of numbers: {error}", node.start_mark
+        ) from error
+
+
+DataLoader.add_constructor(_EVAL, _arithmetic)
+
+
+def load(stream: Any) -> Any:
+    """``yaml.safe_load`` by :class:`DataLoader`."""
+    return yaml.load(stream, DataLoader)  # a subclass of the safe one
 
 
 @contextmanager

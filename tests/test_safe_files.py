@@ -18,6 +18,7 @@ from tooling import QUICKSTART, Ended, run_tool
 from training import make_images
 
 from bn_detection import ConfigError
+from bn_detection.arithmetic import compute
 from bn_detection.engine import Trainer, argument_parser, load_config
 from bn_detection.engine.checkpoint import AtomicCheckpointer
 from bn_detection.pickles import load_plain
@@ -220,7 +221,11 @@ def test_so_do_those_of_caffe2(kind: str, tmp_path: Path) -> None:
 def test_proposals_that_run_code_are_refused(folder: Path, tmp_path: Path) -> None:
     made, proposals = tmp_path / "made", tmp_path / "proposals.pkl"
     proposals.write_bytes(pickle.dumps({"ids": Touch(made)}))
-    more = ("MODEL.LOAD_PROPOSALS", True, "DATASETS.PROPOSAL_FILES_TRAIN", f"('{proposals}',)")
+    files = f"('{proposals}',)"
+    more = (
+        *("MODEL.LOAD_PROPOSALS", True, "DATASETS.PROPOSAL_FILES_TRAIN", files),
+        *("DATASETS.PROPOSAL_FILES_TEST", files),
+    )
     ended = use("train_net", folder, tmp_path / "out", *more)
     assert not made.exists()
     assert_refused(ended, proposals, "mkdir", "DATASETS.PROPOSAL_FILES_TRAIN")
@@ -285,3 +290,60 @@ def test_values_on_the_command_line_are_literals(folder: Path, tmp_path: Path) -
         load_config(
             argument_parser().parse_args(["SEED", f"!!python/object/apply:os.mkdir {made}"])
         )
+
+
+# ---------------------------------------------------------------------------------------------
+# The arithmetic of Detectron2's model zoo
+# ---------------------------------------------------------------------------------------------
+
+ANCHORS = "[[x, x * 2**(1.0/3), x * 2**(2.0/3) ] for x in [32, 64, 128, 256, 512 ]]"
+
+
+def test_arithmetic_is_computed_as_python_does(tmp_path: Path) -> None:
+    for text in (
+        ANCHORS,
+        "[1, -2.5, (3 + 4) / 2]",
+        "(1, 2)",
+        "[[y * x for y in [1]] for x in (2,)]",
+    ):
+        assert compute(text) == eval(text)
+    config = tmp_path / "config.yaml"
+    tag = f'!!python/object/apply:eval ["{ANCHORS}"]'
+    config.write_text(f"_BASE_: {CONFIG}\nMODEL: {{ANCHOR_GENERATOR: {{SIZES: {tag}}}}}\n")
+    cfg = load_config(argument_parser().parse_args(["--config-file", str(config)]))
+    assert eval(ANCHORS) == cfg.MODEL.ANCHOR_GENERATOR.SIZES
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "__import__('os').mkdir('{made}')",
+        "[x.real for x in [1]]",
+        "print(1)",
+        "(lambda: 1)()",
+        "9**9**9",
+        "[1] * 10**6",
+        "'a' * 3",
+        "[x for x in 10**5]",
+        "[a for b in [1]]",
+        "[x for x in [1] if x]",
+        "f'{{1}}'",
+        "1j",
+        "99999**65",
+        "[[[x * y * z for z in [1]] for y in [1]] for x in [1]]",
+        "1/0",
+        "(",
+        "",
+    ],
+)
+def test_all_else_is_refused(text: str, folder: Path, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    text = text.format(made=made)
+    with pytest.raises(ValueError, match=r"number|million"):
+        compute(text)
+    config = tmp_path / "config.yaml"
+    quoted = text.replace('"', "'")
+    config.write_text(f'_BASE_: {CONFIG}\nSEED: !!python/object/apply:eval ["{quoted}"]\n')
+    with pytest.raises(ConfigError, match=r"config.yaml, line 2.*lists? of numbers"):
+        load_config(argument_parser().parse_args(["--config-file", str(config)]))
+    assert not made.exists()

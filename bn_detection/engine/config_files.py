@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import yaml
 from detectron2.config import CfgNode
+from fvcore.common import config as fvcore_config
 from fvcore.common.config import BASE_KEY
 
 from ..config import ConfigError, one_line
-from ..yaml_files import reading_yaml
+from ..yaml_files import DataLoader, load, reading_yaml
 
 _MOST_BASES = 100
 _OF_MERGING = (KeyError, ValueError, AssertionError, TypeError, AttributeError)
@@ -27,7 +31,7 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
     """Merge a YAML config file with its ``_BASE_`` files into ``cfg``, in place.
 
     The files are data: a tag that would run code (``!!python/...``), which Detectron2 obeys, is
-    refused.
+    refused; the arithmetic of Detectron2's model zoo is computed.
 
     Args:
         cfg: with all the keys that the file may have.
@@ -40,7 +44,8 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
     name = f"--config-file {path}"
     files = list(_with_bases(path, name))
     try:
-        cfg.merge_from_file(path, allow_unsafe=False)
+        with _safe():
+            cfg.merge_from_file(path, allow_unsafe=False)
     except _OF_MERGING as error:
         raise ConfigError(f"{name}{_where(error, files)}: {_reason(error)}") from error
 
@@ -51,7 +56,16 @@ def read_config_file(path: str) -> dict[str, Any]:
     Args:
         path: of a file that :func:`merge_config_file` has taken.
     """
-    return CfgNode.load_yaml_with_base(path, allow_unsafe=False)
+    with _safe():
+        return CfgNode.load_yaml_with_base(path, allow_unsafe=False)
+
+
+@contextmanager
+def _safe() -> Iterator[None]:
+    """While it lasts, fvcore loads YAML by the loader of this project."""
+    ours = SimpleNamespace(safe_load=load, constructor=yaml.constructor)
+    with mock.patch.object(fvcore_config, "yaml", ours):
+        yield
 
 
 def merge_overrides(cfg: CfgNode, overrides: list[str]) -> None:
@@ -110,7 +124,7 @@ def _read(path: str, name: str) -> tuple[yaml.MappingNode, dict[str, Any]]:
         )
     with reading_yaml(where):
         with open(path, encoding="utf-8") as file:
-            loader = yaml.SafeLoader(file.read())
+            loader = DataLoader(file.read())
         root = loader.get_single_node()
         content = None if root is None else loader.construct_document(root)
     if not isinstance(content, dict):
