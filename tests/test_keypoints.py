@@ -75,13 +75,24 @@ def test_flips_may_be_given(shapes: tuple[Path, Path], tmp_path: Path) -> None:
     assert MetadataCatalog.get("a").keypoint_flip_map == [("head", "tail")]
 
 
-@pytest.mark.parametrize("names", [None, [], "xy", [1, 2], ["a", "b", "c"]])
+@pytest.mark.parametrize("names", ["xy", [1, 2], ["a", "b", "c"]])
 def test_a_file_that_does_not_name_them_is_refused(
     names: object, shapes: tuple[Path, Path], tmp_path: Path
 ) -> None:
     edit(shapes[0], lambda content: content["categories"][0].update(keypoints=names))
     with pytest.raises(ConfigError, match=r'"a".*(KEYPOINT_ON|NUM_KEYPOINTS)'):
         bn_detection.register_datasets(keypoint_config(shapes, tmp_path))
+
+
+@pytest.mark.parametrize("names", [None, []])
+def test_no_names_are_refused_where_they_are_needed(
+    names: object, shapes: tuple[Path, Path], tmp_path: Path
+) -> None:
+    edit(shapes[0], lambda content: content["categories"][0].update(keypoints=names))
+    cfg = keypoint_config(shapes, tmp_path)
+    bn_detection.register_datasets(cfg)
+    with pytest.raises(ConfigError, match=r'"a": MODEL.KEYPOINT_ON needs the names'):
+        check_datasets(cfg, ["a"])
 
 
 def test_the_sigmas_of_an_evaluation_are_needed(shapes: tuple[Path, Path], tmp_path: Path) -> None:

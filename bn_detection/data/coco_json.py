@@ -165,11 +165,23 @@ def check_datasets(
     for key, names in (("DATASETS.TRAIN", train_names), ("DATASETS.TEST", cfg.DATASETS.TEST)):
         for name in names:
             check_dataset_files(key, name)
+    if needs_of(cfg).keypoints is not None:
+        _check_keypoint_names(cfg, train_names)
     for name in cfg.DATASETS.TEST:
         check_test_records(cfg, name)
         check_evaluator(cfg, name)
     for name in (*train_names, *cfg.DATASETS.TEST):
         check_num_classes(cfg, name, num_classes_key)
+
+
+def _check_keypoint_names(cfg: CfgNode, train_names: Iterable[str]) -> None:
+    """Detectron2's mapper needs them, also that of an evaluation those of DATASETS.TRAIN."""
+    for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *train_names)):
+        if name in DatasetCatalog and MetadataCatalog.get(name).get("keypoint_names") is None:
+            raise ConfigError(
+                f'DATASETS.TRAIN: dataset "{name}": MODEL.KEYPOINT_ON needs the names of its '
+                'keypoints: "keypoints": ["nose", ...] in a category of its file.'
+            )
 
 
 def check_evaluator(cfg: CfgNode, name: str) -> None:

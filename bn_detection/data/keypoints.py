@@ -34,6 +34,8 @@ def register_keypoints(cfg: CfgNode) -> None:
             continue
         where = f'DATASETS.COCO_JSON: dataset "{name}": {json_file}'
         names = _names(json_file, where)
+        if names is None:  # refused where they are needed
+            continue
         number = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
         if len(names) != number:
             raise ConfigError(
@@ -64,7 +66,7 @@ def mirrored(names: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _names(json_file: str, where: str) -> list[str]:
+def _names(json_file: str, where: str) -> list[str] | None:
     try:
         categories = read_coco(json_file)["categories"]
     except ValueError as error:
@@ -73,10 +75,12 @@ def _names(json_file: str, where: str) -> list[str]:
     right = all(
         isinstance(names, list) and all(isinstance(n, str) for n in names) for names in named
     )
-    if not named or not right or any(names != named[0] for names in named):
+    if not named:
+        return None
+    if not right or any(names != named[0] for names in named):
         raise ConfigError(
-            f"{where}: MODEL.KEYPOINT_ON needs the names of the keypoints in a category, as "
-            '"keypoints": ["nose", ...], the same in all that have some.'
+            f'{where}: MODEL.KEYPOINT_ON needs "keypoints": ["nose", ...] in a category, the same '
+            "in all that have some."
         )
     return named[0]
 

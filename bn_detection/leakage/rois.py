@@ -62,7 +62,7 @@ def labelled_images(cfg: CfgNode, dataset_name: str) -> list[dict[str, Any]]:
     where = f'DATASETS.TEST: dataset "{dataset_name}"'
     dicts = get_detection_dataset_dicts(dataset_name, filter_empty=False, check_consistency=False)
     check_num_classes(cfg, dataset_name)
-    needs = needs_of(cfg)
+    needs = replace(needs_of(cfg), keypoints=None)  # the head of keypoints is left out
     if not all("segmentation" in item for item in _objects(dicts)):
         needs = replace(needs, masks=None)  # the mask head is left out
     check_records(dicts, where, needs)
