@@ -50,7 +50,7 @@ def build_train_loader(
         mapper or DatasetMapper(cfg, True),
         cfg.OUTPUT_DIR,
         dataset=", ".join(cfg.DATASETS.TRAIN),
-        num_images=len(dicts),
+        num_images=len({record["file_name"] for record in dicts}),
     )
     sampler = {} if seed is None else {"sampler": TrainingSampler(len(dicts), seed=seed)}
     return build_detection_train_loader(cfg, mapper=skipping, dataset=dicts, **sampler)

@@ -11,7 +11,7 @@ from detectron2.data.detection_utils import SizeMismatchError, read_image
 from detectron2.utils import comm
 
 from ..config import ConfigError, one_line
-from .records import image_file_problem
+from .records import image_file_problem, original_path
 
 logger = logging.getLogger(__name__)
 
@@ -81,13 +81,15 @@ class SkipUnreadable:
             mapper: what Detectron2's DatasetMapper does: takes a dataset dict with ``file_name``.
             output_dir: the names are noted there, in :data:`FILE_NAME`.
             dataset: its name, for messages.
-            num_images: in training, how many images it has; None in testing.
+            num_images: in training, how many image files it has; None in testing.
         """
         self._mapper = mapper
         self._output_dir = output_dir
         self._dataset = dataset
         self._num_images = num_images
-        self._failed: set[str] = set()
+        # Those that could not be read when they were last tried, and all that have been noted.
+        self._failing: set[str] = set()
+        self._noted: set[str] = set()
         self._any_read = False
 
     def __call__(self, dataset_dict: dict[str, Any]) -> Any:
@@ -96,7 +98,7 @@ class SkipUnreadable:
         Raises:
             ConfigError: an image has another size than its record says; in training, the first 100
                 distinct images (or all of them, if they are fewer) could not be read by this
-                process.
+                process, or later all could not when they were last tried.
         """
         name = dataset_dict["file_name"]
         reason = image_file_problem(name)  # before reading, which would wait for a pipe
@@ -104,6 +106,7 @@ class SkipUnreadable:
             try:
                 mapped = self._mapper(dataset_dict)
                 self._any_read = True
+                self._failing.discard(original_path(name))
                 return mapped
             except SizeMismatchError as error:
                 raise ConfigError(f'Dataset "{self._dataset}": {one_line(error)}') from error
@@ -115,17 +118,22 @@ class SkipUnreadable:
         return None if self._num_images is not None else _marker(name)
 
     def _note(self, name: str, reason: str) -> None:
-        if name in self._failed:
+        name = original_path(name)  # the same image for every corruption
+        self._failing.add(name)
+        if name not in self._noted:
+            self._noted.add(name)
+            self._write(name, reason)
+        if self._num_images is None:
             return
-        self._failed.add(name)
+        most = self._num_images if self._any_read else min(self._num_images, _MOST_FAILURES)
+        if len(self._failing) >= most:
+            raise _none_readable(self._dataset, len(self._failing), name, reason)
+
+    def _write(self, name: str, reason: str) -> None:
         logger.warning("Cannot read the image %s, which is left out: %s", name, reason)
         os.makedirs(self._output_dir, exist_ok=True)
         with open(unreadable_file(self._output_dir), "a", encoding="utf-8") as file:
             file.write(name + "\n")
-        if self._num_images is None or self._any_read:
-            return
-        if len(self._failed) >= min(self._num_images, _MOST_FAILURES):
-            raise _none_readable(self._dataset, len(self._failed), name, reason)
 
 
 def _marker(name: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from pycocotools.cocoeval import COCOeval
 
 from ..config import ConfigError
 from ..data import read_unreadable
+from ..data.records import original_path
 
 try:
     from faster_coco_eval import COCOeval_faster
@@ -119,7 +120,8 @@ class COCOEvaluator(StockCOCOEvaluator):
             image["id"]
             for image in self._coco_api.loadImgs(all_ids)
             # An image noted in an earlier run may have been mended since.
-            if image["id"] in predicted or os.path.join(root, image["file_name"]) not in unreadable
+            if image["id"] in predicted
+            or original_path(os.path.join(root, image["file_name"])) not in unreadable
         ]
         if len(readable) == len(all_ids):
             return None
