@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from pycocotools import mask as masks
 from test_data import edit, make_cfg, register
@@ -27,6 +27,7 @@ from bn_detection.data import (
     make_leaky_shapes,
     read_unreadable,
 )
+from bn_detection.engine import argument_parser, run
 from bn_detection.leakage.rois import labelled_images
 
 pytestmark = pytest.mark.usefixtures("own_catalogs")
@@ -240,6 +241,7 @@ def test_keypoints_are_those_of_the_model(
     edit(shapes[0], with_keypoints)
     edit(shapes[0], first(**values))
     register("a", shapes)
+    MetadataCatalog.get("a").set(keypoint_names=["left", "right"], keypoint_flip_map=[])
     for use in ("training", "evaluation"):
         message = refused(config(tmp_path, *KEYPOINTS), use)
         for word in words:
@@ -376,3 +378,17 @@ def test_image_ids_may_be_text(shapes: tuple[Path, Path], tmp_path: Path) -> Non
         use(config(tmp_path))
     assert DatasetCatalog.get("a")[0]["image_id"] == "image 1"
     assert json.loads(shapes[0].read_text())["images"][0]["id"] == "image 1"
+
+
+def test_the_traceback_of_a_loader_is_not_in_the_line(
+    shapes: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (64, 64)).save(shapes[1] / "000002.png")
+    register("a", shapes)
+    cfg = config(tmp_path, "DATALOADER.NUM_WORKERS", 1)
+    args = argument_parser().parse_args([])
+    with pytest.raises(SystemExit) as end:
+        run(lambda _: list(build_test_loader(cfg, "a")), args, lambda _: "cpu")
+    assert end.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and "000002.png" in lines[0]

@@ -44,6 +44,8 @@ _RANGES = {
     "SEED": _Range(-math.inf, 2**31),
     "BN.POPULATION.BATCH_SIZE": _Range(0, _MOST_IMAGES),
     "BN.POPULATION.NUM_SAMPLES": _Range(1),
+    # Recalibration and diagnosis use it too.
+    "SOLVER.IMS_PER_BATCH": _Range(1, _MOST_IMAGES),
     "DATALOADER.NUM_WORKERS": _Range(0, 1000),
     "INPUT.MAX_SIZE_TEST": _Range(1),
     "INPUT.MIN_SIZE_TEST": _Range(0),
@@ -71,7 +73,6 @@ _RANGES = {
 _TRAINING_RANGES = {
     "SOLVER.MAX_ITER": _Range(1),
     "SOLVER.CHECKPOINT_PERIOD": _Range(1),
-    "SOLVER.IMS_PER_BATCH": _Range(1, _MOST_IMAGES),
     "SOLVER.REFERENCE_WORLD_SIZE": _Range(0),
     "SOLVER.BASE_LR": _Range(0),
     "SOLVER.MOMENTUM": _Range(0, 1),
