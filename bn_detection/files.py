@@ -70,9 +70,18 @@ def naming_full_disks() -> Iterator[None]:
         if error.errno not in _FULL:
             raise
         raise ConfigError(
-            f"{error.filename or 'a file'} cannot be written: {error.strerror}. What was saved "
+            f"{_written(error) or 'a file'} cannot be written: {error.strerror}. What was saved "
             "before is whole; make room and go on with --resume, or run the same command again."
         ) from error
+
+
+def _written(error: BaseException | None) -> str | None:
+    """The file of the first error that led to this one: closing files fails after it."""
+    names = []
+    while error is not None:
+        names += [error.filename] if isinstance(error, OSError) and error.filename else []
+        error = error.__context__
+    return names[-1] if names else None
 
 
 def make_folder(folder: Path, flag: str) -> None:

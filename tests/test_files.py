@@ -48,6 +48,17 @@ def test_a_full_disk_is_named_with_the_file(
     assert "\n" not in message
 
 
+def test_the_file_is_that_which_failed_first(tmp_path: Path) -> None:
+    def close() -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(ConfigError, match=r"model.pth cannot be written"), naming_full_disks():
+        try:
+            raise OSError(28, "No space left on device", "model.pth")
+        finally:
+            close()
+
+
 def test_other_errors_pass(tmp_path: Path) -> None:
     for error in (RuntimeError("other"), PermissionError(13, "denied"), ValueError("other")):
         raised = pytest.raises(type(error), match=r"other|denied")
