@@ -148,7 +148,7 @@ def _config(overrides: Sequence[str]) -> Any:
 def build(overrides: Sequence[str], weights: str, case: Sequence[str] = EVERYWHERE) -> nn.Module:
     """The model in training mode; layers that the weights lack keep their random ones."""
     model = Trainer.build_model(_config([*overrides, *case]))
-    model.load_state_dict(torch.load(weights, weights_only=False)["model"], strict=False)
+    model.load_state_dict(torch.load(weights, weights_only=True)["model"], strict=False)
     return model.train()
 
 

@@ -6,6 +6,7 @@ arXiv:2105.07576). Importing it registers its components; ``add_bn_detection_con
 
 from . import heads, norm
 from .config import ConfigError, add_bn_detection_config
+from .data import register_datasets
 from .heads import BNOptions, configure_model, convert_norm, to_plain_batch_norm
 from .norm import PartitionedBatchNorm2d, set_inference
 
@@ -20,6 +21,7 @@ __all__ = [
     "convert_norm",
     "heads",
     "norm",
+    "register_datasets",
     "set_inference",
     "to_plain_batch_norm",
 ]

@@ -13,6 +13,11 @@ class ConfigError(ValueError):
     """
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def add_bn_detection_config(cfg: CN) -> None:
     """Add every key of this project to a Detectron2 config, in place.
 
@@ -138,6 +143,10 @@ def add_bn_detection_config(cfg: CN) -> None:
     # COCO-format datasets to register: [[name, annotations.json, image root], ...]. The names can
     # then be used in DATASETS.TRAIN and DATASETS.TEST.
     cfg.DATASETS.COCO_JSON = []
+
+    # Keypoints of DATASETS.COCO_JSON that change places in a mirror, [[left, right], ...] by name;
+    # empty for those whose names differ in left and right, or l and r.
+    cfg.DATASETS.KEYPOINT_FLIPS = []
 
     # What SOLVER.AMP.ENABLED computes in beside float32: "float16" (with loss scaling) or
     # "bfloat16".

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from .config import ConfigError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_LITTLE = 1 << 20
 
 
 @contextmanager
@@ -19,14 +24,64 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Yields:
         The path to write to.
+
+    Raises:
+        OSError: with ``path`` as its file name, where the disk is full, whatever the writer raised.
     """
     path = Path(path)
     unfinished = path.with_name(f"{path.name}.partial")
     try:
         yield unfinished
         os.replace(unfinished, path)
+    except Exception as error:
+        # torch says "unexpected pos". What is written of the file still takes its place.
+        if is_full(error, path.parent):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def is_full(error: BaseException, folder: str | os.PathLike[str]) -> bool:
+    """Whether an error of writing to a folder is that of a full disk or of a quota.
+
+    Args:
+        error: what the writer raised; of an OSError its number tells, of another the disk itself.
+        folder: written to.
+    """
+    if isinstance(error, OSError) and error.errno:
+        return error.errno in _FULL
+    try:
+        return shutil.disk_usage(folder).free < _LITTLE
+    except OSError:
+        return False
+
+
+@contextmanager
+def naming_full_disks() -> Iterator[None]:
+    """Turn the error of a full disk into one line.
+
+    Raises:
+        ConfigError: names the file, where it is known, and what is whole.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise ConfigError(
+            f"{_written(error) or 'a file'} cannot be written: {error.strerror}. What was saved "
+            "before is whole; make room and go on with --resume, or run the same command again."
+        ) from error
+
+
+def _written(error: BaseException | None) -> str | None:
+    """The file of the first error that led to this one: closing files fails after it."""
+    names = []
+    while error is not None:
+        names += [error.filename] if isinstance(error, OSError) and error.filename else []
+        error = error.__context__
+    return names[-1] if names else None
 
 
 def make_folder(folder: Path, flag: str) -> None:
@@ -40,8 +95,11 @@ def make_folder(folder: Path, flag: str) -> None:
         ConfigError: it cannot be made or written to.
     """
     try:
+        str(folder).encode()
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{flag!a}: the name of the folder is no text in UTF-8.") from error
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{flag}: the folder {folder} cannot be made: {error}") from error
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"{flag}: the folder {folder} cannot be written to.")

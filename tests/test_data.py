@@ -229,7 +229,6 @@ def test_a_dataset_is_loaded_at_most_once_and_for_training_not_at_all(shapes, tm
     assert not loads
     cfg.DATASETS.TEST = ("a",)
     check_datasets(cfg, ["a"])
-    check_datasets(cfg, ["a"])
     assert len(loads) == 1
 
 
@@ -379,3 +378,44 @@ def test_the_loader_gives_the_pixels_of_the_files(shapes, tmp_path):
     for batch, path in zip(build_test_loader(cfg, "a"), sorted(shapes[1].iterdir()), strict=True):
         expected = np.asarray(Image.open(path)).transpose(2, 0, 1)
         assert np.array_equal(batch[0]["image"].numpy(), expected)
+
+
+def test_a_worker_that_loses_all_its_images_ends_by_name(shapes, tmp_path):
+    register("a", shapes)
+    cfg = make_cfg(tmp_path, ["a"])
+    loader = iter(build_train_loader(cfg))
+    assert len(next(loader)) == 2
+    for path in shapes[1].iterdir():
+        truncate(path)
+    with pytest.raises(ConfigError, match='"a": none of the 6 images'):
+        for _ in range(20):
+            next(loader)
+
+
+def test_an_image_that_can_be_read_again_is_not_lost(tmp_path, shapes):
+    register("a", shapes)
+    cfg = make_cfg(tmp_path, ["a"])
+    records = DatasetCatalog.get("a")[:2]
+    mapper = SkipUnreadable(DatasetMapper(cfg, True), cfg.OUTPUT_DIR, dataset="a", num_images=2)
+    path = shapes[1] / "000000.png"
+    content = path.read_bytes()
+    for _ in range(3):
+        assert mapper(records[1]) is not None
+        truncate(path)
+        assert mapper(records[0]) is None
+        path.write_bytes(content)
+        assert mapper(records[0]) is not None
+    assert (tmp_path / "output/unreadable_images.txt").read_text() == f"{path}\n"
+
+
+def test_an_image_of_two_records_is_one_image(shapes, tmp_path):
+    register("a", shapes)
+    edit(
+        shapes[0],
+        lambda content: content["images"].append({**content["images"][0], "id": 100}),
+    )
+    cfg = make_cfg(tmp_path, ["a"])
+    for path in shapes[1].iterdir():
+        truncate(path)
+    with pytest.raises(ConfigError, match='"a": none of the 6 images'):
+        next(iter(build_train_loader(cfg)))

@@ -140,6 +140,15 @@ def test_interval_of_a_distance_covers_the_truth() -> None:
     assert covered >= 18
 
 
+def test_impossible_statistics(batches: list[list[Tensor]]) -> None:
+    model = Toy().train()
+    model.once.running_var[1] = -0.5
+    model.shared.running_mean[2] = math.nan
+    model.frozen.running_var[0] = math.inf
+    found = {report.name: report.impossible for report in inspect_layers(model, batches, 8)}
+    assert found == {"frozen": (0,), "once": (1,), "shared": (2,)}
+
+
 def test_dead_channels(batches: list[list[Tensor]]) -> None:
     model = Toy().train()
     with torch.no_grad():
@@ -196,6 +205,7 @@ CAUSES = {
         "layers": [layer("roi_heads.mask_head.mask_fcn1.norm")],
     },
     "running statistics of 1 layer": {"layers": [layer(ema_to_precise=estimate(0.6))]},
+    "are impossible": {"layers": [layer(impossible=(3,))]},
     "never updated": {"layers": [layer(BACKBONE, is_initial=True)]},
     "look frozen": {"layers": [layer(BACKBONE, affine_frozen=True), layer()]},
     "frozen as they were built": {"layers": [layer(BACKBONE, trains=False, is_initial=True)]},
@@ -804,3 +814,15 @@ def test_page_sorts_and_fits_a_phone(page: Any) -> None:
     assert page.locator("#layers tbody th").first.inner_text() == "roi_heads.box_head.conv10.norm"
     page.fill("#filter", "conv2")
     assert page.locator("#layers tbody tr:visible").count() == 1
+
+
+@pytest.mark.timeout(120)
+def test_a_checkpoint_with_a_negative_variance_is_a_finding(data: Path, tmp_path: Path) -> None:
+    state = torch.load(data / "weights.pth", weights_only=True)
+    name = next(key for key in state["model"] if key.endswith("box_head.conv2.norm.running_var"))
+    state["model"][name][0] = -1.0
+    torch.save(state, tmp_path / "weights.pth")
+    more = ("MODEL.WEIGHTS", tmp_path / "weights.pth")
+    assert tool(data, tmp_path / "out", *more, flags=("--num-gpus", 2)) == 1
+    titles = [finding["title"] for finding in result(tmp_path / "out")["findings"]]
+    assert any("impossible" in title for title in titles), titles

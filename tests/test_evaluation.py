@@ -253,3 +253,30 @@ def test_workers_put_together_what_they_could_not_read(dataset, tmp_path):
             ground_truth, coco_results(read), iou_type, image_ids=sorted(read)
         )
         assert found[iou_type]["AP"] == pytest.approx(100 * expected[0], abs=1e-6)
+
+
+def test_image_ids_that_are_text_give_the_same_numbers(dataset, tmp_path, own_catalogs):
+    name, _, outputs = dataset
+    content = json.loads(Path(MetadataCatalog.get(name).json_file).read_text())
+    for image in content["images"]:
+        image["id"] = f"image {image['id']:03}"
+    for annotation in content["annotations"]:
+        annotation["image_id"] = f"image {annotation['image_id']:03}"
+    (tmp_path / "text.json").write_text(json.dumps(content))
+    root = MetadataCatalog.get(name).image_root
+    register_coco_json([["text_ids", str(tmp_path / "text.json"), root]])
+    DatasetCatalog.get("text_ids")
+    numbers = evaluated(name, outputs, tmp_path / "numbers")
+    text = {f"image {image_id:03}": output for image_id, output in outputs.items()}
+    # In the same order, which decides between equal scores.
+    found = evaluated("text_ids", text, tmp_path / "text")
+    for task, metrics in numbers.items():
+        assert found[task] == pytest.approx(metrics, abs=1e-9, nan_ok=True)
+
+
+def evaluated(name, outputs, folder):
+    evaluator = COCOEvaluator(name, output_dir=str(folder), unreadable_dir=str(folder))
+    evaluator.reset()
+    for image_id, instances in outputs.items():
+        evaluator.process([{"image_id": image_id}], [{"instances": instances}])
+    return evaluator.evaluate()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from tooling import QUICKSTART, run_tool
 
 from bn_detection import ConfigError
-from bn_detection.files import make_folder, replacing
+from bn_detection.files import make_folder, naming_full_disks, replacing
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -28,3 +30,53 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"--output-dir x: the folder .*file/x cannot be made"):
         make_folder(tmp_path / "file" / "x", "--output-dir x")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")]
+)
+def test_a_full_disk_is_named_with_the_file(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    path = tmp_path / "model.pth"
+    with pytest.raises(ConfigError) as raised, naming_full_disks(), replacing(path):
+        raise error
+    message = str(raised.value)
+    for words in (str(tmp_path / "model.pth"), "No space left", "whole"):
+        assert words in message
+    assert "\n" not in message
+
+
+def test_the_file_is_that_which_failed_first(tmp_path: Path) -> None:
+    def close() -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(ConfigError, match=r"model.pth cannot be written"), naming_full_disks():
+        try:
+            raise OSError(28, "No space left on device", "model.pth")
+        finally:
+            close()
+
+
+def test_other_errors_pass(tmp_path: Path) -> None:
+    for error in (RuntimeError("other"), PermissionError(13, "denied"), ValueError("other")):
+        raised = pytest.raises(type(error), match=r"other|denied")
+        with raised, naming_full_disks(), replacing(tmp_path / "file"):
+            raise error
+
+
+@pytest.mark.parametrize("name", ["\udcff", "a\0b", "x" * 300])
+def test_a_name_that_no_folder_can_have_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        make_folder(tmp_path / name, "OUTPUT_DIR")
+
+
+def test_an_output_folder_that_cannot_be_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = ("--config-file", QUICKSTART / "mask_rcnn_bn.yaml")
+    for folder in ("", tmp_path / "file", tmp_path / "file" / "below", tmp_path / "\udcff"):
+        for flags in ((), ("--eval-only",)):
+            ended = run_tool("train_net", *config, *flags, "OUTPUT_DIR", folder)
+            assert ended.status == 2
+            assert "OUTPUT_DIR" in ended.error and "\n" not in ended.error

@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from bn_detection.engine import diagnose, preflight_diagnosis, run
+from bn_detection.engine import add_common_flags, diagnose, preflight_diagnosis, run
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,6 +40,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output-dir", help="default: OUTPUT_DIR/diagnosis_<checkpoint>")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier diagnosis")
+    add_common_flags(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
     parser.set_defaults(num_gpus=1, num_machines=1, machine_rank=0, dist_url="auto")
     return parser.parse_args(argv)

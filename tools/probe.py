@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from bn_detection.engine import preflight_probe, probe, run
+from bn_detection.engine import add_common_flags, preflight_probe, probe, run
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -21,6 +21,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--config-file", required=True, metavar="FILE.yaml", help="of the training")
     parser.add_argument("--output", required=True, metavar="FILE.json", help="the report")
+    add_common_flags(parser)
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ..., such as MODEL.WEIGHTS"
     )

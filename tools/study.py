@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from pathlib import Path
 
 from bn_detection.config import ConfigError
+from bn_detection.engine import add_common_flags
 from bn_detection.study.executors import EXECUTORS
 from bn_detection.study.runner import run_study
 
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything and list the tasks, no more"
     )
+    add_common_flags(parser)
     parser.add_argument(
         "opts",
         nargs="*",
@@ -64,8 +67,11 @@ def main() -> None:
             executor=args.executor,
             slurm=args.slurm,
             dry_run=args.dry_run,
+            imports=args.imports,
         )
     except ConfigError as error:
+        if args.traceback:
+            traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (OSError, RuntimeError) as error:

@@ -19,6 +19,7 @@ from .leaky_shapes import (
     make_leaky_shapes,
 )
 from .loaders import build_test_loader, build_train_loader
+from .registration import register_datasets
 from .single_pass import SinglePassLoader
 from .unreadable import ReadableLoader, SkipUnreadable, read_unreadable, report_unreadable
 
@@ -46,6 +47,7 @@ __all__ = [
     "register_builtin",
     "register_coco_json",
     "register_corrupted",
+    "register_datasets",
     "register_image_folder",
     "report_unreadable",
 ]

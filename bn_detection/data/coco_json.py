@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import difflib
-import json
+import importlib.util
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 
 from ..config import ConfigError
+from .coco_content import evaluation_problems, load_coco, read_coco
+from .records import (
+    check_classes_agree,
+    check_first_images,
+    check_objects,
+    check_records,
+    needs_of,
+)
+
+logger = logging.getLogger(__name__)
 
 _KEY = "DATASETS.COCO_JSON"
 _EXPECTED = "expected [name, annotations.json, image root]"
-_REQUIRED = ("images", "annotations", "categories")
 _NUM_SAMPLED_IMAGES = 20
 
 _NUM_CLASSES_KEYS = {
@@ -27,6 +35,18 @@ _NUM_CLASSES_KEYS = {
     "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
     "BNRetinaNet": "MODEL.RETINANET.NUM_CLASSES",
 }
+
+_PACKAGES = {
+    "coco_panoptic_seg": (
+        "panopticapi",
+        "git+https://github.com/cocodataset/panopticapi.git",
+    ),
+    "lvis": ("lvis", "lvis"),
+    "cityscapes_instance": ("cityscapesscripts", "cityscapesscripts"),
+    "cityscapes_sem_seg": ("cityscapesscripts", "cityscapesscripts"),
+}
+"""What Detectron2's evaluators import when they evaluate, by evaluator_type, and where it is."""
+_COCO_KEYPOINTS = 17
 
 _PATH_METADATA = (
     "json_file",
@@ -108,16 +128,12 @@ def _register(name: str, json_file: str, image_root: str) -> None:
 
 
 def _load(json_file: str, image_root: str, name: str) -> list[dict[str, Any]]:
-    where = f'{_KEY}: dataset "{name}": {json_file}'
     try:
-        dicts = load_coco_json(json_file, image_root, name)
-    except Exception as error:
-        reason = _what_is_wrong(json_file) or f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{where} cannot be used: {reason}") from error
-    if not any(record["annotations"] for record in dicts):
-        reason = _what_is_wrong(json_file)
-        if reason:
-            raise ConfigError(f"{where} cannot be used: {reason}")
+        dicts = load_coco(json_file, image_root, name)
+    except ValueError as error:
+        raise ConfigError(
+            f'{_KEY}: dataset "{name}": {json_file} cannot be used: {error}'
+        ) from error
     sample = dicts[:: -(-len(dicts) // _NUM_SAMPLED_IMAGES)]
     if not any(os.path.exists(record["file_name"]) for record in sample):
         raise ConfigError(
@@ -127,31 +143,13 @@ def _load(json_file: str, image_root: str, name: str) -> list[dict[str, Any]]:
     return dicts
 
 
-def _what_is_wrong(json_file: str) -> str | None:
-    """What keeps a file from being COCO's format, or None if its outline is that of COCO."""
-    try:
-        content = json.loads(Path(json_file).read_bytes())
-    except ValueError as error:
-        return f"it is not JSON ({error})."
-    if not isinstance(content, dict):
-        return f"it holds a {type(content).__name__}; COCO's format is an object."
-    for key in _REQUIRED:
-        if not isinstance(content.get(key), list):
-            return (
-                f'it has no list "{key}"; COCO\'s format needs "images", "annotations" (empty for '
-                'images without labels) and "categories".'
-            )
-    empty = [key for key in ("images", "categories") if not content[key]]
-    return f'its list "{empty[0]}" is empty.' if empty else None
-
-
 def check_datasets(
     cfg: CfgNode, train_names: Iterable[str], num_classes_key: str | None = None
 ) -> None:
     """Check the datasets that a job needs, before it starts.
 
-    A dataset of DATASETS.TEST whose class names are not known yet is loaded to know them. For those
-    of ``train_names`` :func:`check_num_classes` can tell once they have been loaded.
+    Those of DATASETS.TEST are loaded, and checked as :func:`check_test_records` does. Those of
+    ``train_names`` are checked by what loads them.
 
     Args:
         cfg: the config, its DATASETS.COCO_JSON registered.
@@ -160,20 +158,131 @@ def check_datasets(
             MODEL.META_ARCHITECTURE, if it is one of Detectron2's.
 
     Raises:
-        ConfigError: a name is not registered, files of a dataset are missing, or its number of
-            classes is not the model's.
+        ConfigError: a name is not registered, files of a dataset are missing, its number of classes
+            is not the model's, or a record is not what the model needs.
     """
     train_names = list(train_names)
     for key, names in (("DATASETS.TRAIN", train_names), ("DATASETS.TEST", cfg.DATASETS.TEST)):
         for name in names:
             check_dataset_files(key, name)
+    if needs_of(cfg).keypoints is not None:
+        _check_keypoint_names(cfg, train_names)
     for name in cfg.DATASETS.TEST:
-        if num_classes_key is None and cfg.MODEL.META_ARCHITECTURE not in _NUM_CLASSES_KEYS:
-            continue
-        if MetadataCatalog.get(name).get("thing_classes") is None:
-            DatasetCatalog.get(name)
+        check_test_records(cfg, name)
+        check_evaluator(cfg, name)
     for name in (*train_names, *cfg.DATASETS.TEST):
         check_num_classes(cfg, name, num_classes_key)
+
+
+def _check_keypoint_names(cfg: CfgNode, train_names: Iterable[str]) -> None:
+    """Detectron2's mapper needs them, also that of an evaluation those of DATASETS.TRAIN."""
+    for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *train_names)):
+        if name in DatasetCatalog and MetadataCatalog.get(name).get("keypoint_names") is None:
+            raise ConfigError(
+                f'DATASETS.TRAIN: dataset "{name}": MODEL.KEYPOINT_ON needs the names of its '
+                'keypoints: "keypoints": ["nose", ...] in a category of its file.'
+            )
+
+
+def check_evaluator(cfg: CfgNode, name: str) -> None:
+    """Check that what a dataset's evaluation needs is there, which comes after the training.
+
+    Raises:
+        ConfigError: a package is not installed; the sigmas of keypoints are not known.
+    """
+    kind = MetadataCatalog.get(name).get("evaluator_type")
+    package = _PACKAGES.get(kind)
+    if package and importlib.util.find_spec(package[0]) is None:
+        raise ConfigError(
+            f'DATASETS.TEST: dataset "{name}": its evaluation needs the package {package[0]}, '
+            f"which is not installed: pip install {package[1]}."
+        )
+    number, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, cfg.TEST.KEYPOINT_OKS_SIGMAS
+    needs_sigmas = kind == "coco" and needs_of(cfg).keypoints is not None
+    if needs_sigmas and len(sigmas) != number and (sigmas or number != _COCO_KEYPOINTS):
+        raise ConfigError(
+            f"TEST.KEYPOINT_OKS_SIGMAS {list(sigmas)}: the evaluation of "
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS {number} needs as many numbers, such as 0.05: "
+            "how exact each keypoint is, relative to the size of the object."
+        )
+
+
+def check_test_records(cfg: CfgNode, name: str) -> None:
+    """Load a dataset to be evaluated on, and check its records and the first image of each kind.
+
+    Raises:
+        ConfigError: names the image, the annotation, and what would be right.
+    """
+    where = f'DATASETS.TEST: dataset "{name}"'
+    records = DatasetCatalog.get(name)
+    without = [{k: v for k, v in record.items() if k != "annotations"} for record in records]
+    check_records(without, where, needs_of(cfg))
+    check_first_images(records, where)
+    metadata = MetadataCatalog.get(name)
+    json_file = metadata.get("json_file")
+    if metadata.get("evaluator_type") == "coco" and json_file and os.path.isfile(json_file):
+        try:
+            problem = next(evaluation_problems(read_coco(json_file), needs_of(cfg)), None)
+        except ValueError as error:
+            problem = str(error)
+        if problem:
+            raise ConfigError(f"{where}: {json_file}: {problem}")
+
+
+def check_train_records(
+    cfg: CfgNode, names: Sequence[str], records: Sequence[dict[str, Any]], *, labels: bool
+) -> None:
+    """Check what has been loaded to train on, or to estimate statistics from.
+
+    Args:
+        cfg: the config.
+        names: of the datasets.
+        records: of all of them.
+        labels: whether their annotations are used.
+
+    Raises:
+        ConfigError: names the image, the annotation, and what would be right; or there is no object
+            to train on; or a class has another place in another dataset.
+    """
+    quoted = ", ".join(f'"{name}"' for name in names)
+    where = f"DATASETS.TRAIN: dataset {quoted}"
+    if not labels:
+        records = [{k: v for k, v in r.items() if k != "annotations"} for r in records]
+    check_records(records, where, needs_of(cfg))
+    check_first_images(records, where)
+    if labels:
+        check_objects(records, where)
+        if cfg.MODEL.META_ARCHITECTURE in ("PanopticFPN", "SemanticSegmentor") and not all(
+            "sem_seg_file_name" in record for record in records
+        ):
+            raise ConfigError(
+                f"{where}: it has no semantic labels, which MODEL.META_ARCHITECTURE "
+                f'"{cfg.MODEL.META_ARCHITECTURE}" trains on, and {_KEY} has none. Register it with '
+                "Detectron2's register_coco_panoptic_separated, in a module for --import."
+            )
+
+
+def check_classes(cfg: CfgNode) -> None:
+    """Check that the classes of DATASETS.TRAIN have the same places in DATASETS.TEST.
+
+    Datasets whose classes are not known yet are loaded.
+
+    Raises:
+        ConfigError: a class has another place, so that it would be trained as one and evaluated as
+            another.
+    """
+    keys: dict[str, str] = {}
+    classes: dict[str, Sequence[str]] = {}
+    for key in ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[key]:
+            metadata = MetadataCatalog.get(name)
+            if metadata.get("thing_classes") is None and metadata.get("json_file"):
+                DatasetCatalog.get(name)
+            if metadata.get("thing_classes") is not None and name not in classes:
+                keys[name], classes[name] = f"DATASETS.{key}", metadata.thing_classes
+    if classes:
+        for warning in check_classes_agree(classes, keys):
+            logger.warning("%s", warning)
 
 
 def check_dataset_files(key: str, name: str) -> None:

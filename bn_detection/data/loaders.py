@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import pickle
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import (
+    DatasetCatalog,
     DatasetMapper,
+    build,
     build_detection_test_loader,
     build_detection_train_loader,
     get_detection_dataset_dicts,
@@ -15,7 +19,9 @@ from detectron2.data import (
 from detectron2.data.samplers import TrainingSampler
 from torch.utils.data import DataLoader
 
-from .coco_json import check_num_classes
+from ..config import ConfigError, one_line
+from ..pickles import only_data
+from .coco_json import check_classes, check_num_classes, check_train_records
 from .unreadable import Mapper, ReadableLoader, SkipUnreadable
 
 
@@ -44,7 +50,7 @@ def build_train_loader(
         mapper or DatasetMapper(cfg, True),
         cfg.OUTPUT_DIR,
         dataset=", ".join(cfg.DATASETS.TRAIN),
-        num_images=len(dicts),
+        num_images=len({record["file_name"] for record in dicts}),
     )
     sampler = {} if seed is None else {"sampler": TrainingSampler(len(dicts), seed=seed)}
     return build_detection_train_loader(cfg, mapper=skipping, dataset=dicts, **sampler)
@@ -56,15 +62,50 @@ def load_training_dicts(cfg: CfgNode, *, labels: bool) -> list[dict[str, Any]]:
     Args:
         cfg: the config.
         labels: whether images without the annotations that training needs are left out.
+
+    Raises:
+        ConfigError: a record is not what the model needs; with labels also: there is no object, or
+            classes are not those of DATASETS.TEST.
     """
-    loads_proposals, keypoints = cfg.MODEL.LOAD_PROPOSALS, cfg.MODEL.ROI_KEYPOINT_HEAD
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD
     needs_keypoints = labels and cfg.MODEL.KEYPOINT_ON
-    return get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=labels and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=keypoints.MIN_KEYPOINTS_PER_IMAGE if needs_keypoints else 0,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if loads_proposals else None,
-    )
+    names = cfg.DATASETS.TRAIN
+    try:
+        with _proposals(cfg, "PROPOSAL_FILES_TRAIN") as files:
+            records = get_detection_dataset_dicts(
+                names,
+                filter_empty=labels and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+                min_keypoints=keypoints.MIN_KEYPOINTS_PER_IMAGE if needs_keypoints else 0,
+                proposal_files=files,
+            )
+    except ConfigError:
+        raise
+    except Exception as error:  # what Detectron2 does with records that are wrong
+        if not names:
+            raise ConfigError("DATASETS.TRAIN is empty; name a dataset to train on.") from error
+        if labels:
+            check_classes(cfg)
+        every = [record for name in names for record in DatasetCatalog.get(name)]
+        check_train_records(cfg, names, every, labels=labels)
+        raise ConfigError(f"DATASETS.TRAIN {', '.join(names)}: {one_line(error)}") from error
+    check_train_records(cfg, names, records, labels=labels)
+    if labels:
+        check_classes(cfg)
+    return records
+
+
+@contextmanager
+def _proposals(cfg: CfgNode, key: str) -> Iterator[Sequence[str] | None]:
+    """The files of proposals, which Detectron2 then reads as data; None if it loads none."""
+    if not cfg.MODEL.LOAD_PROPOSALS:
+        yield None
+        return
+    files = cfg.DATASETS[key]
+    try:
+        with only_data(build):
+            yield files
+    except pickle.UnpicklingError as error:
+        raise ConfigError(f"DATASETS.{key} {', '.join(files)}: {one_line(error)}") from error
 
 
 def build_test_loader(
@@ -90,7 +131,8 @@ def build_test_loader(
     skipping = SkipUnreadable(
         mapper or DatasetMapper(cfg, False), cfg.OUTPUT_DIR, dataset=dataset_name
     )
-    stock = build_detection_test_loader(cfg, dataset_name, mapper=skipping)
+    with _proposals(cfg, "PROPOSAL_FILES_TEST"):
+        stock = build_detection_test_loader(cfg, dataset_name, mapper=skipping)
     check_num_classes(cfg, dataset_name)
     # Detectron2 v0.6 takes no batch size.
     loader = DataLoader(

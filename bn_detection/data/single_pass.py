@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from ..config import ConfigError
 from .coco_json import check_num_classes
 from .loaders import load_training_dicts
+from .records import NoObjectsError
 from .unreadable import ReadableLoader, SkipUnreadable
 
 logger = logging.getLogger(__name__)
@@ -80,8 +81,8 @@ def _load(cfg: CfgNode, labels: bool) -> list[dict[str, Any]]:
     )
     try:
         dicts = load_training_dicts(cfg, labels=labels)
-    except AssertionError as error:  # Detectron2's own, where no image is left
-        raise ConfigError(f"{names}: {error}" + (f" {problem}" if labels else "")) from error
+    except NoObjectsError as error:
+        raise ConfigError(f"{error} That is needed, {problem}") from error
     if labels:
         if not all("annotations" in record for record in dicts):
             raise ConfigError(f"{names}: images have no annotations, {problem}")

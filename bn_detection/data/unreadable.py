@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from detectron2.data.detection_utils import read_image
+from detectron2.data.detection_utils import SizeMismatchError, read_image
 from detectron2.utils import comm
 
-from ..config import ConfigError
+from ..config import ConfigError, one_line
+from .records import image_file_problem, original_path
 
 logger = logging.getLogger(__name__)
 
@@ -80,45 +81,59 @@ class SkipUnreadable:
             mapper: what Detectron2's DatasetMapper does: takes a dataset dict with ``file_name``.
             output_dir: the names are noted there, in :data:`FILE_NAME`.
             dataset: its name, for messages.
-            num_images: in training, how many images it has; None in testing.
+            num_images: in training, how many image files it has; None in testing.
         """
         self._mapper = mapper
         self._output_dir = output_dir
         self._dataset = dataset
         self._num_images = num_images
-        self._failed: set[str] = set()
+        # Those that could not be read when they were last tried, and all that have been noted.
+        self._failing: set[str] = set()
+        self._noted: set[str] = set()
         self._any_read = False
 
     def __call__(self, dataset_dict: dict[str, Any]) -> Any:
         """Map one dataset dict.
 
         Raises:
-            ConfigError: in training, the first 100 distinct images (or all of them, if they are
-                fewer) could not be read by this process.
+            ConfigError: an image has another size than its record says; in training, the first 100
+                distinct images (or all of them, if they are fewer) could not be read by this
+                process, or later all could not when they were last tried.
         """
-        try:
-            mapped = self._mapper(dataset_dict)
-        except Exception:
-            reason = _why_unreadable(dataset_dict["file_name"])
-            if reason is None:
-                raise
-            self._note(dataset_dict["file_name"], reason)
-            return None if self._num_images is not None else _marker(dataset_dict["file_name"])
-        self._any_read = True
-        return mapped
+        name = dataset_dict["file_name"]
+        reason = image_file_problem(name)  # before reading, which would wait for a pipe
+        if reason is None:
+            try:
+                mapped = self._mapper(dataset_dict)
+                self._any_read = True
+                self._failing.discard(original_path(name))
+                return mapped
+            except SizeMismatchError as error:
+                raise ConfigError(f'Dataset "{self._dataset}": {one_line(error)}') from error
+            except Exception:
+                reason = _why_unreadable(name)
+                if reason is None:
+                    raise
+        self._note(name, reason)
+        return None if self._num_images is not None else _marker(name)
 
     def _note(self, name: str, reason: str) -> None:
-        if name in self._failed:
+        name = original_path(name)  # the same image for every corruption
+        self._failing.add(name)
+        if name not in self._noted:
+            self._noted.add(name)
+            self._write(name, reason)
+        if self._num_images is None:
             return
-        self._failed.add(name)
+        most = self._num_images if self._any_read else min(self._num_images, _MOST_FAILURES)
+        if len(self._failing) >= most:
+            raise _none_readable(self._dataset, len(self._failing), name, reason)
+
+    def _write(self, name: str, reason: str) -> None:
         logger.warning("Cannot read the image %s, which is left out: %s", name, reason)
         os.makedirs(self._output_dir, exist_ok=True)
         with open(unreadable_file(self._output_dir), "a", encoding="utf-8") as file:
             file.write(name + "\n")
-        if self._num_images is None or self._any_read:
-            return
-        if len(self._failed) >= min(self._num_images, _MOST_FAILURES):
-            raise _none_readable(self._dataset, len(self._failed), name, reason)
 
 
 def _marker(name: str) -> dict[str, Any]:
@@ -127,6 +142,8 @@ def _marker(name: str) -> dict[str, Any]:
 
 def _why_unreadable(name: str) -> str | None:
     """Why an image cannot be decoded, or None if it can."""
+    if problem := image_file_problem(name):
+        return problem
     try:
         read_image(name, format="RGB")
     except MemoryError:

@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint import DetectionCheckpointer, detection_checkpoint
 from fvcore.common.checkpoint import _filter_reused_missing_keys, _IncompatibleKeys
 
 from ..config import ConfigError
 from ..files import replacing
+from ..pickles import only_data, why_not_loaded
 
 _KEYS_SHOWN = 10
 
@@ -43,10 +44,11 @@ class AtomicCheckpointer(DetectionCheckpointer):
             unfinished.write_text(last_filename_basename)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As in Detectron2.
+        """As in Detectron2, but a file is data: nothing that it names is run.
 
         Raises:
-            ConfigError: the file is missing or cannot be read as a checkpoint.
+            ConfigError: the file is missing, cannot be read as a checkpoint, or has other things in
+                it than tensors, arrays and plain containers.
         """
         try:
             return super().load(path, *args, **kwargs)
@@ -54,8 +56,14 @@ class AtomicCheckpointer(DetectionCheckpointer):
             raise ConfigError(f"MODEL.WEIGHTS {path}: {error}") from error
         except Exception as error:
             raise ConfigError(
-                f"MODEL.WEIGHTS (or the checkpoint to resume) {path} cannot be read: {error}"
+                f"MODEL.WEIGHTS (or the checkpoint to resume) {path} cannot be read: "
+                f"{why_not_loaded(error)}"
             ) from error
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        """As in Detectron2, without running what the file names."""
+        with only_data(detection_checkpoint):
+            return super()._load_file(filename)
 
 
 class StrictCheckpointer(AtomicCheckpointer):

@@ -32,6 +32,7 @@ from ..norm import (
 )
 from ..population import AFFINE, ESTIMATORS, ROIS
 from .amp import PRECISIONS
+from .values import check_values
 
 
 class _Head(NamedTuple):
@@ -59,6 +60,9 @@ def check_config(cfg: CfgNode, *, num_workers: int, eval_only: bool, resume: boo
     Raises:
         ConfigError: names the key, its value, and what would be right.
     """
+    if num_workers < 1:
+        raise ConfigError(f"--num-gpus {num_workers}: at least 1 worker is needed.")
+    check_values(cfg, training=not eval_only)
     _check_heads(cfg)
     _check_bn(cfg)
     resumes = resume and last_checkpoint(cfg.OUTPUT_DIR) is not None

@@ -29,6 +29,8 @@ from ..leakage.findings import Examined, conclude
 from ..leakage.layers import LayerReport, inspect_layers, spans_workers
 from .checkpoint import StrictCheckpointer
 from .checks import check_config
+from .config_files import read_config_file
+from .rehearsal import rehearse
 from .setup import begin, installed_versions, load_config, register_datasets
 from .trainer import Trainer
 
@@ -75,6 +77,7 @@ def preflight_diagnosis(args: argparse.Namespace) -> str:
             check_dataset_files(f"DATASETS.{key}", name)
     if not cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN is empty: the statistics are measured on its images.")
+    rehearse(cfg, training=False)
     make_folder(folder, f"--output-dir {folder}")
     return cfg.MODEL.DEVICE
 
@@ -300,4 +303,4 @@ def _probe(
 
 def _uses_project(config_file: str) -> bool:
     """Whether the config is of this project's trainer, which averages running statistics."""
-    return "BN" in CfgNode.load_yaml_with_base(config_file, allow_unsafe=True)
+    return "BN" in read_config_file(config_file)

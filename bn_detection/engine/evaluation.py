@@ -31,6 +31,7 @@ from pycocotools.cocoeval import COCOeval
 
 from ..config import ConfigError
 from ..data import read_unreadable
+from ..data.records import original_path
 
 try:
     from faster_coco_eval import COCOeval_faster
@@ -42,8 +43,9 @@ logger = logging.getLogger(__name__)
 
 def _coco_eval(ground_truth: COCO, detections: COCO, iou_type: str) -> Any:
     """faster-coco-eval's or pycocotools' evaluation: one interface, the same numbers."""
-    # For keypoints the former needs ground truth that its own API has loaded.
-    fast = COCOeval_faster is not None and iou_type != "keypoints"
+    # For keypoints the former needs ground truth that its own API has loaded, and ids are numbers.
+    numbers = not any(isinstance(image_id, str) for image_id in ground_truth.imgs)
+    fast = COCOeval_faster is not None and iou_type != "keypoints" and numbers
     logger.info("COCO %s metrics by %s.", iou_type, "faster-coco-eval" if fast else "pycocotools")
     return (COCOeval_faster if fast else COCOeval)(ground_truth, detections, iou_type)
 
@@ -118,7 +120,8 @@ class COCOEvaluator(StockCOCOEvaluator):
             image["id"]
             for image in self._coco_api.loadImgs(all_ids)
             # An image noted in an earlier run may have been mended since.
-            if image["id"] in predicted or os.path.join(root, image["file_name"]) not in unreadable
+            if image["id"] in predicted
+            or original_path(os.path.join(root, image["file_name"])) not in unreadable
         ]
         if len(readable) == len(all_ids):
             return None
@@ -196,6 +199,7 @@ def build_evaluator(
             output_dir=folder,
             tasks_without_predictions=tasks,
             unreadable_dir=cfg.OUTPUT_DIR,
+            kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
         )
 
     def semantic() -> DatasetEvaluator:

@@ -30,8 +30,16 @@ from detectron2.utils import comm
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from bn_detection.config import ConfigError
+from bn_detection.files import naming_full_disks
 
-__all__ = ["DEFAULT_TIMEOUT", "WorkerError", "argument_parser", "launch", "run"]
+__all__ = [
+    "DEFAULT_TIMEOUT",
+    "WorkerError",
+    "add_common_flags",
+    "argument_parser",
+    "launch",
+    "run",
+]
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
@@ -75,7 +83,30 @@ def argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
         help="where the workers meet: 'auto' (a free port; one machine only), or a URL for "
         "torch.distributed.init_process_group, such as tcp://HOST_OF_MACHINE_0:PORT",
     )
+    add_common_flags(parser)
     return parser
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that all tools have.
+
+    Args:
+        parser: of a tool; what it parses is for :func:`run`.
+    """
+    parser.add_argument(
+        "--import",
+        action="append",
+        default=[],
+        dest="imports",
+        metavar="MODULE",
+        help="import a module of yours first, which registers its heads, backbones or datasets, "
+        "such as my_project.heads; it is looked for in the working directory too. May be repeated",
+    )
+    parser.add_argument(
+        "--traceback",
+        action="store_true",
+        help="show where an error comes from, not only what it is",
+    )
 
 
 def run(
@@ -85,7 +116,8 @@ def run(
 ) -> Any:
     """Run a command line tool: launch its workers, and end the process as a tool should.
 
-    A :class:`ConfigError` prints its message once and exits with status 2. A failed worker prints
+    A :class:`ConfigError` prints its message once, with ``--traceback`` also where it comes from,
+    and exits with status 2. A failed worker prints
     its rank and traceback and exits with status 1, Ctrl-C exits with status 130. The exception of a
     single process passes through.
 
@@ -113,7 +145,9 @@ def run(
         return result
     except ConfigError as error:
         if _is_first_to_report():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            if getattr(args, "traceback", False):
+                traceback.print_exc()
+            print(f"error: {_without_traceback(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
     except WorkerError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -173,7 +207,8 @@ def launch(
         )
     _check_num_workers("--num-gpus", num_workers_per_machine, use_gpus)
     if num_machines * num_workers_per_machine == 1:
-        return main_func(*args)
+        with naming_full_disks():
+            return main_func(*args)
 
     # Kept alive here until the workers are done.
     store, address = _open_rendezvous(dist_url, num_machines, machine_rank, timeout)
@@ -190,6 +225,11 @@ def launch(
     _spawn(job)
     del store
     return None
+
+
+def _without_traceback(error: ConfigError) -> str:
+    """What it says; torch puts the traceback of a data loader's process into the message."""
+    return str(error).rpartition(f"{ConfigError.__module__}.{ConfigError.__name__}: ")[2].strip()
 
 
 @dataclass(frozen=True)
@@ -291,7 +331,8 @@ def _call_in_process_group(
     _create_local_process_group(num_local_workers)
     # As upstream does: the first collective must not wait longer than the others for slow starters.
     comm.synchronize()
-    result = main_func(*args)
+    with naming_full_disks():
+        result = main_func(*args)
     # Nobody leaves while another may still need it.
     comm.synchronize()
     return result
@@ -338,7 +379,8 @@ def _join_torchrun(
             )
     _check_num_workers("torchrun --nproc-per-node", num_local_workers, use_gpus)
     if world_size == 1:
-        return main_func(*args)
+        with naming_full_disks():
+            return main_func(*args)
     try:
         result = _call_in_process_group(
             main_func,
@@ -465,7 +507,10 @@ def _first_failure(workers: list[_Worker], world_size: int) -> ConfigError | Wor
         return WorkerError(_describe(rank, world_size, _describe_exit(code)))
     rank, first = min(failures, key=lambda item: item[1].time)
     if first.is_config_error:
-        return ConfigError(first.summary)
+        error = ConfigError(first.summary)
+        # For --traceback.
+        error.__cause__ = WorkerError(first.traceback)
+        return error
     return WorkerError(_describe(rank, world_size, first.summary, first.traceback))
 
 

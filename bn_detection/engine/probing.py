@@ -15,6 +15,7 @@ from ..files import make_folder, replacing
 from ..leakage import check_probe_config, measure_leakage
 from .checkpoint import StrictCheckpointer
 from .checks import check_config
+from .rehearsal import rehearse
 from .setup import begin, load_config, register_datasets
 from .trainer import Trainer
 
@@ -42,6 +43,7 @@ def preflight_probe(args: argparse.Namespace) -> str:
     check_probing(cfg)
     register_datasets(cfg)
     check_dataset_files("DATASETS.TEST", cfg.DATASETS.TEST[0])
+    rehearse(cfg, training=False)
     make_folder(output.parent, f"--output {output}")
     return cfg.MODEL.DEVICE
 

@@ -38,6 +38,7 @@ from ..population import (
 )
 from .checkpoint import StrictCheckpointer, save_atomically
 from .checks import check_recalibration
+from .rehearsal import rehearse
 from .setup import begin, installed_versions, load_config, register_datasets
 from .trainer import Trainer
 
@@ -78,6 +79,7 @@ def preflight_recalibration(args: argparse.Namespace) -> str:
     register_datasets(cfg)
     for name in cfg.DATASETS.TRAIN:
         check_dataset_files("--dataset" if args.dataset else "DATASETS.TRAIN", name)
+    rehearse(cfg, training=False)
     make_folder(output.parent, f"--output {output}")
     return cfg.MODEL.DEVICE
 

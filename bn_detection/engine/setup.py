@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
 import os
 import platform
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from ..config import ConfigError, add_bn_detection_config
+from ..config import ConfigError, add_bn_detection_config, one_line
 from ..data import (
     LEAKY_SHAPES,
     check_datasets,
     near_names,
     read_coco_json,
     read_corrupted_name,
-    register_builtin,
-    register_coco_json,
-    register_corrupted,
+    register_datasets,
 )
-from ..files import replacing
+from ..files import make_folder, replacing
 from .checks import check_config, last_checkpoint
+from .config_files import merge_config_file, merge_overrides
+from .rehearsal import rehearse
 
 _VERSIONED = ("bn_detection", "detectron2", "torch", "torchvision", "fvcore", "numpy")
 
@@ -48,26 +47,33 @@ def load_config(args: argparse.Namespace, *, unknown_keys: bool = False) -> CfgN
             those of somebody's own project.
 
     Raises:
-        ConfigError: the file cannot be read, or a key or the type of a value is wrong.
+        ConfigError: the file or a module of ``--import`` cannot be read, or a key or the type of a
+            value is wrong.
     """
+    _import(getattr(args, "imports", ()))
     cfg = get_cfg()
     add_bn_detection_config(cfg)
     if args.config_file:
         if not os.path.isfile(args.config_file):
             raise ConfigError(f"--config-file {args.config_file}: there is no such file.")
         cfg.set_new_allowed(unknown_keys)
-        _merge(cfg.merge_from_file, args.config_file, f"--config-file {args.config_file}")
+        merge_config_file(cfg, args.config_file)
         cfg.set_new_allowed(False)
-    _merge(cfg.merge_from_list, args.opts, "KEY VALUE overrides")
+    merge_overrides(cfg, args.opts)
     return cfg
 
 
-def _merge(merge: Callable[[Any], None], source: Any, name: str) -> None:
-    try:
-        merge(source)
-    except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
-        reason = error.args[0] if error.args else repr(error)
-        raise ConfigError(f"{name}: {reason}") from error
+def _import(modules: Iterable[str]) -> None:
+    """Import modules of the user's own project, in every process that reads its config."""
+    for module in modules:
+        # Where Python's -m looks first; a script looks beside itself.
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise ConfigError(f"--import {module} failed: {reason}") from error
 
 
 def preflight(args: argparse.Namespace) -> str:
@@ -85,8 +91,12 @@ def preflight(args: argparse.Namespace) -> str:
     cfg = load_config(args)
     num_workers = int(os.environ.get("WORLD_SIZE", args.num_gpus * args.num_machines))
     check_config(cfg, num_workers=num_workers, eval_only=args.eval_only, resume=args.resume)
+    if not cfg.OUTPUT_DIR:
+        raise ConfigError('OUTPUT_DIR is "": give the folder to write to.')
+    make_folder(Path(cfg.OUTPUT_DIR), f"OUTPUT_DIR {cfg.OUTPUT_DIR}")
     register_datasets(cfg)
     check_datasets(cfg, [] if args.eval_only else cfg.DATASETS.TRAIN)
+    rehearse(cfg, training=not args.eval_only)
     return cfg.MODEL.DEVICE
 
 
@@ -131,23 +141,8 @@ def begin(cfg: CfgNode, args: argparse.Namespace, folder: str) -> CfgNode:
     return cfg
 
 
-def register_datasets(cfg: CfgNode) -> None:
-    """Register the datasets of DATASETS.COCO_JSON, the embedded and corrupted ones of ``cfg``.
-
-    Raises:
-        ConfigError: an entry is malformed, its files are not there, or a name that ends in
-            ``@corruption:severity`` means nothing.
-    """
-    register_coco_json(cfg.DATASETS.COCO_JSON)
-    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
-    register_builtin(names)
-    for name in names:
-        if "@" in name:
-            register_corrupted(name)
-
-
 def check_dataset_names(cfg: CfgNode) -> None:
-    """Refuse the names that :func:`register_datasets` would; no dataset is made or registered.
+    """Refuse names that :func:`bn_detection.register_datasets` would, and register nothing.
 
     Raises:
         ConfigError: as there, or no dataset has a name.

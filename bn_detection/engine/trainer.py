@@ -24,6 +24,7 @@ from ..data import build_test_loader, build_train_loader, report_unreadable
 from ..heads import configure_model
 from .amp import AMPTrainer
 from .checkpoint import AtomicCheckpointer
+from .divergence import naming_divergence
 from .evaluation import build_evaluator
 from .hooks import add_statistics_hooks
 from .setup import evaluation_folder
@@ -181,9 +182,13 @@ def train(cfg: CfgNode, resume: bool) -> OrderedDict[str, Any] | None:
 
     Returns:
         The metrics of the last evaluation.
+
+    Raises:
+        ConfigError: the loss is not finite; names where, and the last good checkpoint.
     """
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=resume)
     if cfg.TEST.AUG.ENABLED:
         trainer.register_hooks([hooks.EvalHook(0, lambda: _test_with_tta(cfg, trainer.model))])
-    return trainer.train()
+    with naming_divergence(trainer):
+        return trainer.train()

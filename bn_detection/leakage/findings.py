@@ -237,6 +237,22 @@ def _stale(examined: Examined, notes: list[str]) -> Iterator[Finding]:
     )
 
 
+def _impossible(examined: Examined, notes: list[str]) -> Iterator[Finding]:
+    layers = [layer for layer in examined.layers if layer.impossible]
+    if layers:
+        yield Finding(
+            f"The statistics of {_count(layers)} are impossible: inference gives no numbers.",
+            tuple(
+                f"{layer.name}: {len(layer.impossible)} of {layer.channels} channels have a "
+                "negative variance, or statistics that are not finite"
+                for layer in layers[:_SHOWN]
+            ),
+            _names(layers),
+            _population_fix(examined, layers),
+            "Estimate them anew; tools/recalibrate.py does it without training.",
+        )
+
+
 def _never_updated(examined: Examined, notes: list[str]) -> Iterator[Finding]:
     initial = [layer for layer in examined.trained if layer.is_initial]
     initial = _used(examined, initial, "were never updated", notes)
@@ -481,7 +497,18 @@ def _small_batches(examined: Examined, notes: list[str]) -> Iterator[Finding]:
     yield from ()
 
 
-_RULES = (_leak, _levels, _stale, _never_updated, _frozen, _still, _ranks, _dead, _small_batches)
+_RULES = (
+    _impossible,
+    _leak,
+    _levels,
+    _stale,
+    _never_updated,
+    _frozen,
+    _still,
+    _ranks,
+    _dead,
+    _small_batches,
+)
 
 
 def _inconsistency(examined: Examined, found: Sequence[Finding]) -> list[Finding]:

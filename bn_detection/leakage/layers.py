@@ -81,6 +81,7 @@ class LayerReport:
         levels_apart: the largest of them.
         level_batches: whether each level is a normalization batch, while the levels share
             population statistics.
+        impossible: channels whose statistics are not finite, or whose variance is negative.
         dead: channels without variance or weight.
         dead_weights: those of them without weight.
     """
@@ -107,6 +108,7 @@ class LayerReport:
     levels: tuple[Estimate, ...] = ()
     levels_apart: Estimate | None = None
     level_batches: bool = False
+    impossible: tuple[int, ...] = ()
     dead: tuple[int, ...] = ()
     dead_weights: tuple[int, ...] = ()
 
@@ -299,6 +301,7 @@ def _describe(model: nn.Module, name: str, layer: nn.Module) -> LayerReport:
         updates=None if counter is None else int(counter),
         is_initial=untouched_statistics and not own_weights,
         is_folded=untouched_statistics and own_weights,
+        impossible=_indices(~(torch.isfinite(mean + var) & (var >= 0))),
         level_batches=isinstance(owner, LevelBatchNorm2d)
         and owner.options.train == "separate"
         and owner.options.population == "shared",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..config import ConfigError
 from ..data import ReadableLoader, SkipUnreadable, check_num_classes
+from ..data.records import check_first_images, check_records, needs_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class ImageRois:
     mask_features: Tensor | None
 
 
+def _objects(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for record in records:
+        yield from (x for x in record.get("annotations", ()) if not x.get("iscrowd", 0))
+
+
 def labelled_images(cfg: CfgNode, dataset_name: str) -> list[dict[str, Any]]:
     """The dataset dicts of the images that have an object.
 
@@ -50,10 +56,17 @@ def labelled_images(cfg: CfgNode, dataset_name: str) -> list[dict[str, Any]]:
         dataset_name: of a registered dataset.
 
     Raises:
-        ConfigError: there are none, or the dataset's classes are not the model's.
+        ConfigError: there are none, the dataset's classes are not the model's, or a record is not
+            what the model needs.
     """
-    dicts = get_detection_dataset_dicts(dataset_name, filter_empty=False)
+    where = f'DATASETS.TEST: dataset "{dataset_name}"'
+    dicts = get_detection_dataset_dicts(dataset_name, filter_empty=False, check_consistency=False)
     check_num_classes(cfg, dataset_name)
+    needs = replace(needs_of(cfg), keypoints=None)  # the head of keypoints is left out
+    if not all("segmentation" in item for item in _objects(dicts)):
+        needs = replace(needs, masks=None)  # the mask head is left out
+    check_records(dicts, where, needs)
+    check_first_images(dicts, where)
     labelled = [
         record
         for record in dicts

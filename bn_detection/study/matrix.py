@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from ..config import ConfigError
 from ..engine import check_config, load_config
 from ..engine.checks import check_recalibration
 from ..engine.probing import check_probing
+from ..engine.rehearsal import rehearse
 from ..engine.setup import check_dataset_names, evaluation_folder
 from ..leakage import images_per_worker
 from .study_file import Evaluation, Overrides, Study
@@ -83,19 +84,20 @@ class Plan(NamedTuple):
     configs: dict[str, CfgNode]
 
 
-def plan(study: Study, folder: Path, overrides: Overrides) -> Plan:
+def plan(study: Study, folder: Path, overrides: Overrides, imports: Sequence[str] = ()) -> Plan:
     """Plan a study seed by seed, each training before its evaluations.
 
     Args:
         study: the study.
         folder: for everything that is made, except datasets.
         overrides: for every command, after all others.
+        imports: modules that every command imports first.
 
     Raises:
         ConfigError: a config with its overrides cannot be used; the message names the study file,
             the run and the evaluation.
     """
-    planner = _Planner(study, folder, overrides)
+    planner = _Planner(study, folder, overrides, imports)
     for seed in study.seeds:
         for name in study.runs:
             planner.add_run(name, seed)
@@ -103,8 +105,11 @@ def plan(study: Study, folder: Path, overrides: Overrides) -> Plan:
 
 
 class _Planner:
-    def __init__(self, study: Study, folder: Path, overrides: Overrides) -> None:
+    def __init__(
+        self, study: Study, folder: Path, overrides: Overrides, imports: Sequence[str]
+    ) -> None:
         self._study, self._folder, self._overrides = study, folder, overrides
+        self._imports = list(imports)
         self.tasks: list[Task] = []
         self.results: dict[Cell, tuple[Task, Path]] = {}
         self.configs: dict[str, CfgNode] = {}
@@ -113,7 +118,7 @@ class _Planner:
         output = self._folder / name / f"seed_{seed}"
         workers = self._study.workers
         options = self._options(name, seed, {}, output)
-        check = partial(check_config, num_workers=workers, eval_only=False, resume=True)
+        check = partial(self._check_training, name)
         self.configs[name] = self._check(name, f"run {name}", options, check)
         training = self._add(
             f"{name}, seed {seed}: training",
@@ -186,8 +191,14 @@ class _Planner:
         """The command of a tool; one without workers takes no number of them."""
         command = [sys.executable, str(tool)]
         command += ["--num-gpus", str(workers)] if workers else []
+        command += [f"--import={module}" for module in self._imports]
         command += ["--config-file", str(self._study.runs[run].config), *flags]
         return [*command, *_pairs(options)]
+
+    def _check_training(self, name: str, cfg: CfgNode) -> None:
+        check_config(cfg, num_workers=self._study.workers, eval_only=False, resume=True)
+        if name not in self.configs:  # other seeds build the same
+            rehearse(cfg, training=True, step=False)
 
     def _check_probe(self, cfg: CfgNode) -> None:
         check_probing(cfg)
@@ -199,7 +210,10 @@ class _Planner:
     ) -> CfgNode:
         config = str(self._study.runs[run].config)
         try:
-            cfg = load_config(argparse.Namespace(config_file=config, opts=_pairs(options)))
+            args = argparse.Namespace(
+                config_file=config, opts=_pairs(options), imports=self._imports
+            )
+            cfg = load_config(args)
             check(cfg)
             if len(cfg.DATASETS.TEST) != 1:
                 raise ConfigError(f"DATASETS.TEST {cfg.DATASETS.TEST}: a study takes one dataset.")

@@ -31,6 +31,7 @@ def run_study(
     executor: str = "local",
     slurm: Sequence[str] = (),
     dry_run: bool = False,
+    imports: Sequence[str] = (),
 ) -> Path | None:
     """Run what is missing of a study, and write its report.
 
@@ -45,6 +46,7 @@ def run_study(
         executor: "local": processes of this machine; or "slurm": jobs of Slurm.
         slurm: ``KEY=VALUE`` parameters of the jobs.
         dry_run: only check everything, and list the tasks.
+        imports: modules that every command imports first.
 
     Returns:
         The path of ``results.json``; None for a dry run.
@@ -62,7 +64,7 @@ def run_study(
         study = dataclasses.replace(study, seeds=tuple(dict.fromkeys(seeds)))
     folder = folder or Path("output", "studies", study.name)
     options = _options(overrides)
-    planned = plan(study, folder, options)
+    planned = plan(study, folder, options, imports)
     runs_tasks = _executor(study, planned, folder, jobs, executor, slurm)
     if dry_run:
         check_folder(folder, study, options, planned.configs)

@@ -177,9 +177,8 @@ class _Scheduler:
             f"error: {self._titles[task]} failed ({status}); the end of {task.log}:\n{tail}\n",
             flush=True,
         )
-        told = status in _FULL or any(os.strerror(number) in tail for number in _FULL)
-        # It may have been another disk, such as /tmp or /dev/shm.
-        if told and _is_full(task.record.parent):
+        # Whatever was told: a full disk may have cut the log too.
+        if _is_full(task.record.parent):
             raise FolderError(
                 f"{task.record.parent}: the disk is full. What is done is whole; free some space, "
                 "and the same command goes on from here."

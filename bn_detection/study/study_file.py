@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from ..config import ConfigError
+from ..yaml_files import reading_yaml
 
 Overrides = dict[str, Any]
 _Where = tuple[str, ...]
@@ -118,7 +119,7 @@ class _Reader:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lines: dict[_Where, int] = {(): 1}
-        try:
+        with reading_yaml(str(path)):
             loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
             root = loader.get_single_node()
             for where, key, value in _entries(root):
@@ -127,8 +128,6 @@ class _Reader:
                 self._lines[where] = key.start_mark.line + 1
                 self._check(not twice, where, f"{where[-1]} is there already; give another name.")
             self._content = loader.construct_document(root) if root else None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: {error}") from error
 
     def study(self) -> Study:
         content = self._mapping(self._content, (), _STUDY_KEYS, ("about", "runs", "evaluations"))
