@@ -93,10 +93,10 @@ def preflight(args: argparse.Namespace) -> str:
     check_config(cfg, num_workers=num_workers, eval_only=args.eval_only, resume=args.resume)
     if not cfg.OUTPUT_DIR:
         raise ConfigError('OUTPUT_DIR is "": give the folder to write to.')
-    make_folder(Path(cfg.OUTPUT_DIR), f"OUTPUT_DIR {cfg.OUTPUT_DIR}")
     register_datasets(cfg)
     check_datasets(cfg, [] if args.eval_only else cfg.DATASETS.TRAIN)
     rehearse(cfg, training=not args.eval_only)
+    make_folder(Path(cfg.OUTPUT_DIR), f"OUTPUT_DIR {cfg.OUTPUT_DIR}")
     return cfg.MODEL.DEVICE
 
 
