@@ -11,6 +11,7 @@ from detectron2.data.detection_utils import read_image
 from detectron2.utils import comm
 
 from ..config import ConfigError
+from .stream import iterate
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +175,7 @@ class ReadableLoader:
                 none, and the evaluator decides.
         """
         num_dropped, any_read = 0, False
-        for batch in self._loader:
+        for batch in iterate(self._loader):
             readable = [item for item in batch if not item.get("unreadable")]
             num_dropped += len(batch) - len(readable)
             if readable:
