@@ -34,7 +34,8 @@ from ..data import (
     register_corrupted,
 )
 from ..files import replacing
-from .checks import check_config, last_checkpoint
+from .checkpoint import last_checkpoint
+from .checks import check_config
 
 _VERSIONED = ("bn_detection", "detectron2", "torch", "torchvision", "fvcore", "numpy")
 
