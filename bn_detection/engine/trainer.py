@@ -28,6 +28,7 @@ from .amp import AMPTrainer
 from .checkpoint import AtomicCheckpointer
 from .evaluation import build_evaluator
 from .hooks import add_statistics_hooks, model_itself
+from .preemption import StopOnSignal, noting_signals
 from .resume import GatherResumeState, ResumeState
 from .setup import evaluation_folder
 
@@ -139,6 +140,8 @@ class Trainer(DefaultTrainer):
         built = add_statistics_hooks(self, super().build_hooks())
         saves = next(i for i, hook in enumerate(built) if isinstance(hook, _SAVE_OR_EVALUATE))
         built.insert(saves, GatherResumeState(self.cfg.SOLVER.CHECKPOINT_PERIOD))
+        evaluates = next(i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
+        built.insert(evaluates, StopOnSignal(self.cfg.SOLVER.CHECKPOINT_PERIOD))
         return built
 
     @classmethod
@@ -235,9 +238,14 @@ def train(cfg: CfgNode, resume: bool) -> OrderedDict[str, Any] | None:
 
     Returns:
         The metrics of the last evaluation.
+
+    Raises:
+        Stopped: SIGTERM or SIGUSR1 asked to stop. The iteration was finished, and there is a
+            checkpoint of it.
     """
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=resume)
     if cfg.TEST.AUG.ENABLED:
         trainer.register_hooks([hooks.EvalHook(0, lambda: _test_with_tta(cfg, trainer.model))])
-    return trainer.train()
+    with noting_signals():
+        return trainer.train()
