@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 stop a training after an iteration, with a checkpoint that goes on exactly."""
+"""SIGTERM and SIGUSR1: a training stops after an iteration, and goes on exactly."""
 
 from __future__ import annotations
 

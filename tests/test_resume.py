@@ -61,10 +61,12 @@ def elsewhere() -> None:
     torch.manual_seed(99)
 
 
-def both(folder: Path, output: Path, variant: str, *then: object) -> list[dict[str, Any]]:
+def both(
+    folder: Path, output: Path, variant: str, *then: object, at_all: tuple[object, ...] = ()
+) -> list[dict[str, Any]]:
     """What an uninterrupted training leaves, and one that was resumed after half of it."""
     config, options = VARIANTS[variant]
-    options = (*COMMON, *options)
+    options = (*COMMON, *options, *at_all)
     if variant == "evaluated":
         options = [option for option in options if option not in ("DATASETS.TEST", "()")]
     whole = train(build_trainer(folder, output / "whole", *options, config=config))
@@ -104,19 +106,27 @@ def test_the_processes_that_load_may_be_more_or_fewer(folder: Path, tmp_path: Pa
     assert different(resumed, whole) == []
 
 
-def _two_workers(rank: int, world_size: int, folder: str, output: str) -> list[list[str]]:
+def _workers(
+    rank: int, world_size: int, folder: str, output: str, variants: tuple[str, ...]
+) -> list[list[str]]:
     torch.use_deterministic_algorithms(True)
     found = []
-    for variant in ON_TWO_WORKERS:
-        found.append(different(*both(Path(folder), Path(output, variant), variant)[::-1]))
+    for variant in variants:
+        images = ("SOLVER.IMS_PER_BATCH", world_size)
+        pair = both(Path(folder), Path(output, variant), variant, at_all=images)
+        found.append(different(*pair[::-1]))
     torch.use_deterministic_algorithms(False)
     return found
 
 
+# Of three, DDP adds the gradients in an order that its first step decides.
 @pytest.mark.timeout(200)
-def test_two_workers(folder: Path, tmp_path: Path) -> None:
-    for found in run_workers(_two_workers, 2, str(folder), str(tmp_path), timeout=180):
-        assert not any(found), dict(zip(ON_TWO_WORKERS, found, strict=True))
+@pytest.mark.parametrize(("number", "variants"), [(2, ON_TWO_WORKERS), (3, ("random seed",))])
+def test_several_workers(
+    number: int, variants: tuple[str, ...], folder: Path, tmp_path: Path
+) -> None:
+    for found in run_workers(_workers, number, str(folder), str(tmp_path), variants, timeout=180):
+        assert not any(found), dict(zip(variants, found, strict=True))
 
 
 def test_another_number_of_workers_goes_on_with_a_line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import logging
@@ -9,6 +10,7 @@ import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,14 @@ from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, TrainerBa
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data import build_test_loader, build_train_loader, report_unreadable
 from ..generators import derive_seed, seed_generators
 from ..heads import configure_model
+from ..population.untouched import untouched
 from .amp import AMPTrainer
 from .checkpoint import AtomicCheckpointer
 from .evaluation import build_evaluator
@@ -126,6 +130,36 @@ class Trainer(DefaultTrainer):
             return super().train()
         finally:
             self._resume.close_loaders()
+
+    def before_train(self) -> None:
+        super().before_train()
+        # The sum of two is the same in any order.
+        if self.start_iter > 0 and comm.get_world_size() > 2:
+            self._order_gradients()
+
+    def _order_gradients(self) -> None:
+        """Have DDP add gradients in the order in which an uninterrupted training does.
+
+        It orders them by its first backward, once the second forward begins. So there is a step
+        that counts for nothing, with the images of the first.
+        """
+        inner = self._trainer
+        batch = next(inner._data_loader_iter)
+        rest = chain([copy.deepcopy(batch)], inner._data_loader_iter)
+        # Later versions of Detectron2 than v0.6 have a property before it.
+        lazy = hasattr(inner, "_data_loader_iter_obj")
+        setattr(inner, "_data_loader_iter_obj" if lazy else "_data_loader_iter", rest)
+        precision = inner.precision if isinstance(inner, AMPTrainer) else None
+        device = next(self.model.parameters()).device.type
+        # At an iteration of its own, for the groups of layers that count calls in one.
+        with (
+            EventStorage(self.start_iter - 1),
+            untouched(model_itself(self)),
+            torch.jit.optimized_execution(False),
+            torch.autocast(device, precision, enabled=precision is not None),
+        ):
+            sum(self.model(batch).values()).backward()
+        inner.optimizer.zero_grad()
 
     def before_step(self) -> None:
         seed_generators(derive_seed(self._resume.seed, "step", comm.get_rank(), self.iter))
