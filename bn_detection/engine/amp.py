@@ -41,7 +41,8 @@ class AMPTrainer(SimpleTrainer):
         super().__init__(model, data_loader, optimizer)
         self.precision = PRECISIONS[precision]
         self._device = next(model.parameters()).device.type
-        self.grad_scaler = torch.amp.GradScaler(self._device, enabled=self.precision == torch.float16)
+        scales = self.precision == torch.float16
+        self.grad_scaler = torch.amp.GradScaler(self._device, enabled=scales)
 
     def run_step(self) -> None:
         """One iteration; the scaler skips the optimizer's step where a gradient overflowed."""

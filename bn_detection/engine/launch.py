@@ -84,7 +84,7 @@ def argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
         parents=[upstream],
         add_help=False,
         conflict_handler="resolve",
-        epilog=(upstream.epilog or "") + _STATUS,
+        epilog=upstream.epilog if epilog else f"{upstream.epilog}{_STATUS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
