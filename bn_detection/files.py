@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from .config import ConfigError
 
@@ -103,3 +106,78 @@ def make_folder(folder: Path, flag: str) -> None:
         raise ConfigError(f"{flag}: the folder {folder} cannot be made: {error}") from error
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"{flag}: the folder {folder} cannot be written to.")
+
+
+class FolderLock:
+    """Keeps a folder for this process; others are refused by :meth:`take`.
+
+    The system frees it when the process ends, in whatever way. Processes that this one forks do not
+    keep it.
+
+    Args:
+        folder: that is there.
+
+    Attributes:
+        path: of the lock's file, which stays.
+    """
+
+    FILE_NAME = ".lock"
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.path = Path(folder, self.FILE_NAME)
+        self._file: IO[str] | None = None
+
+    @property
+    def descriptor(self) -> int:
+        """Of the open file; a program that keeps it open keeps the folder too."""
+        return self._file.fileno()
+
+    def take(self) -> None:
+        """Take the folder.
+
+        Raises:
+            ConfigError: another process has it; the message has its host and number.
+        """
+        # Not emptied when it is opened: it says who works there.
+        file = self.path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read(200).strip() or "one that has just begun"
+            file.close()
+            raise ConfigError(
+                f"Another process works in {self.path.parent} ({owner}): wait for it, or end it "
+                "first."
+            ) from None
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        self._file = file
+        _locks.add(self)
+
+    def holds(self) -> bool:
+        """Whether the folder is still this process's, and was not removed, or made anew."""
+        try:
+            return self._file is not None and os.path.samestat(
+                os.stat(self.path), os.fstat(self.descriptor)
+            )
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        """Leave the folder to others."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+            _locks.discard(self)
+
+
+_locks: set[FolderLock] = set()
+
+
+def _close_in_child() -> None:
+    for lock in list(_locks):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_close_in_child)

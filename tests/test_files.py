@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +13,7 @@ import pytest
 from tooling import QUICKSTART, run_tool
 
 from bn_detection import ConfigError
-from bn_detection.files import make_folder, naming_full_disks, replacing
+from bn_detection.files import FolderLock, make_folder, naming_full_disks, replacing
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -80,3 +84,50 @@ def test_an_output_folder_that_cannot_be_is_refused_before_training(tmp_path: Pa
             ended = run_tool("train_net", *config, *flags, "OUTPUT_DIR", folder)
             assert ended.status == 2
             assert "OUTPUT_DIR" in ended.error and "\n" not in ended.error
+
+
+def start(folder: Path, then: str) -> subprocess.Popen[bytes]:
+    """Another process, which takes the lock of a folder."""
+    code = f"""
+import os, sys, time
+from bn_detection.files import FolderLock
+lock = FolderLock(sys.argv[1])
+lock.take()
+{then}
+print("taken", flush=True)
+time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"taken\n"
+    return process
+
+
+def test_a_folder_is_one_processs_until_it_is_killed(tmp_path: Path) -> None:
+    # A process that it forked, such as a data loader's, does not keep the folder.
+    other = start(tmp_path, "if not os.fork(): time.sleep(3); os._exit(0)")
+    lock = FolderLock(tmp_path)
+    try:
+        owner = f"process {other.pid} on {socket.gethostname()}"
+        for _ in range(2):
+            with pytest.raises(ConfigError, match=rf"works in {tmp_path} \({owner}\): wait for it"):
+                lock.take()
+        assert not lock.holds()
+    finally:
+        other.kill()
+        other.wait()
+    lock.take()
+    assert lock.holds()
+    assert lock.path.read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+    lock.path.unlink()
+    assert not lock.holds()
+    lock.release()
+
+
+def test_a_folder_that_is_left_can_be_taken(tmp_path: Path) -> None:
+    one, other = FolderLock(tmp_path), FolderLock(tmp_path)
+    one.take()
+    with pytest.raises(ConfigError, match="Another process works"):
+        other.take()
+    one.release()
+    other.take()
+    other.release()

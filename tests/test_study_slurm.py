@@ -16,6 +16,7 @@ from test_study import STUDY, write
 from test_study_execution import wait_for
 
 from bn_detection.config import ConfigError
+from bn_detection.files import FolderLock
 from bn_detection.study import executors, scheduler
 from bn_detection.study.display import Display
 from bn_detection.study.executors import LocalExecutor, SlurmExecutor, SubmissionError, parse_slurm
@@ -208,11 +209,12 @@ def test_an_error_of_the_runner_leaves_the_jobs_and_a_removed_folder_cancels_the
         execute([one], SlurmExecutor(tmp_path), display=Fails())
     assert "Ended by an error. Slurm jobs 100 go on" in capfd.readouterr().out
     assert not (slurm.folder / "cancelled").read_text()
-    with (tmp_path / ".lock").open("w") as lock:
-        claim = Claim(tmp_path, lock.fileno())
-        (tmp_path / ".lock").unlink()
-        with pytest.raises(FolderError, match="was removed"):
-            execute([one], SlurmExecutor(tmp_path), claim)
+    lock = FolderLock(tmp_path)
+    lock.take()
+    (tmp_path / ".lock").unlink()
+    with pytest.raises(FolderError, match="was removed"):
+        execute([one], SlurmExecutor(tmp_path), Claim(tmp_path, lock))
+    lock.release()
     assert (slurm.folder / "cancelled").read_text() == "100\n"
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from bn_detection.data import make_leaky_shapes
 from bn_detection.engine import Trainer, argument_parser, check_config, load_config, preflight
 from bn_detection.engine.checkpoint import AtomicCheckpointer
 from bn_detection.engine.setup import register_datasets
+from bn_detection.files import FolderLock
 from bn_detection.norm import Groups, Rows
 
 ROOT = Path(__file__).parents[1]
@@ -391,6 +393,26 @@ def test_unreadable_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     run = trainer(folder, tmp_path / "run", "bn", "MODEL.WEIGHTS", weights)
     with pytest.raises(ConfigError, match=r"MODEL\.WEIGHTS.*half\.pth cannot be read"):
         run.resume_or_load(resume=False)
+
+
+@pytest.mark.timeout(60)
+def test_a_folder_in_use_is_refused_with_its_owner(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    output.mkdir()
+    lock = FolderLock(output)
+    lock.take()
+    try:
+        options = overrides(folder, output)
+        run = train_net("--config-file", str(QUICKSTART / "mask_rcnn_bn.yaml"), *options)
+    finally:
+        lock.release()
+    assert run.returncode == 2
+    owner = f"process {os.getpid()} on {socket.gethostname()}"
+    assert run.stderr == (
+        f"error: OUTPUT_DIR {output}: Another process works in {output} ({owner}): wait for it, or "
+        "end it first.\n"
+    )
+    assert os.listdir(output) == [".lock"]
 
 
 @pytest.mark.timeout(60)

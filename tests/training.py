@@ -99,6 +99,8 @@ def train(
     left["torch"] = torch.get_rng_state()
     left["python"] = random.getstate()
     left["numpy"] = np.random.get_state()[1].tolist()  # noqa: NPY002
+    scaler = getattr(trainer._trainer, "grad_scaler", None)
+    left["scaler"] = scaler and scaler.state_dict()
     left["loss normalizer"] = getattr(model, "loss_normalizer", None)
     return left
 

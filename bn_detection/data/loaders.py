@@ -10,39 +10,51 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
+    DatasetFromList,
     DatasetMapper,
     build,
     build_detection_test_loader,
-    build_detection_train_loader,
     get_detection_dataset_dicts,
 )
+from detectron2.data.build import _train_loader_from_config
 from detectron2.data.samplers import TrainingSampler
+from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
 from ..config import ConfigError, one_line
+from ..generators import derive_seed, seeded
 from ..pickles import only_data
 from .coco_json import check_classes, check_num_classes, check_train_records
+from .stream import TrainLoader, outlive_signals
 from .unreadable import Mapper, ReadableLoader, SkipUnreadable
 
 
 def build_train_loader(
     cfg: CfgNode, mapper: Mapper | None = None, *, seed: int | None = None
-) -> Iterable[list[dict]]:
-    """Detectron2's training loader for DATASETS.TRAIN.
+) -> TrainLoader:
+    """A loader of DATASETS.TRAIN with the samplers, batches and settings of Detectron2's.
 
     Args:
         cfg: the config.
         mapper: instead of Detectron2's ``DatasetMapper(cfg, True)``.
         seed: of a uniform order of the images, the same on all workers; by default the sampler is
-            that of DATALOADER.SAMPLER_TRAIN, with a random seed.
+            that of DATALOADER.SAMPLER_TRAIN, with the seed SEED, or a random one where that is
+            negative.
 
     Returns:
-        An endless iterable over batches of this worker: lists of dicts.
+        An endless iterable over batches of this worker, lists of dicts, that can go on where
+        another stopped.
 
     Raises:
-        ConfigError: a dataset's number of classes is not the model's. Iterating raises ConfigError
-            if no image can be read.
+        ConfigError: a dataset's number of classes is not the model's, or a batch cannot be divided
+            among the workers. Iterating raises ConfigError if no image can be read.
     """
+    workers = comm.get_world_size()
+    if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % workers:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} cannot be divided among {workers} "
+            "workers."
+        )
     dicts = load_training_dicts(cfg, labels=True)
     for name in cfg.DATASETS.TRAIN:
         check_num_classes(cfg, name)
@@ -52,8 +64,27 @@ def build_train_loader(
         dataset=", ".join(cfg.DATASETS.TRAIN),
         num_images=len({record["file_name"] for record in dicts}),
     )
-    sampler = {} if seed is None else {"sampler": TrainingSampler(len(dicts), seed=seed)}
-    return build_detection_train_loader(cfg, mapper=skipping, dataset=dicts, **sampler)
+
+    def uniform(seed: int) -> Iterable[int]:
+        return TrainingSampler(len(dicts), seed=seed)
+
+    def by_name(seed: int) -> Iterable[int]:
+        # Detectron2's samplers draw their seeds from numpy's generator.
+        with seeded(derive_seed(seed, "sampler")):
+            return _train_loader_from_config(cfg, skipping, dataset=dicts)["sampler"]
+
+    make_sampler = by_name if seed is None else uniform
+    if seed is None:
+        seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+    return TrainLoader(
+        DatasetFromList(dicts, copy=False),
+        skipping,
+        make_sampler,
+        seed=seed,
+        batch_size=cfg.SOLVER.IMS_PER_BATCH // workers,
+        group=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
 
 
 def load_training_dicts(cfg: CfgNode, *, labels: bool) -> list[dict[str, Any]]:
@@ -141,5 +172,6 @@ def build_test_loader(
         sampler=stock.sampler,
         num_workers=stock.num_workers,
         collate_fn=stock.collate_fn,
+        worker_init_fn=outlive_signals,
     )
     return ReadableLoader(loader, dataset_name)

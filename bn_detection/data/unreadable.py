@@ -12,6 +12,7 @@ from detectron2.utils import comm
 
 from ..config import ConfigError, one_line
 from .records import image_file_problem, original_path
+from .stream import iterate
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +192,7 @@ class ReadableLoader:
                 none, and the evaluator decides.
         """
         num_dropped, any_read = 0, False
-        for batch in self._loader:
+        for batch in iterate(self._loader):
             readable = [item for item in batch if not item.get("unreadable")]
             num_dropped += len(batch) - len(readable)
             if readable:

@@ -4,7 +4,7 @@ from .checkpoint import AtomicCheckpointer
 from .checks import check_config
 from .diagnosis import diagnose, preflight_diagnosis
 from .evaluation import COCOEvaluator, build_evaluator
-from .launch import WorkerError, add_common_flags, argument_parser, launch, run
+from .launch import Stopped, WorkerError, add_common_flags, argument_parser, launch, run
 from .probing import preflight_probe, probe
 from .recalibration import preflight_recalibration, recalibrate
 from .setup import load_config, preflight, setup
@@ -13,6 +13,7 @@ from .trainer import Trainer, evaluate, train
 __all__ = [
     "AtomicCheckpointer",
     "COCOEvaluator",
+    "Stopped",
     "Trainer",
     "WorkerError",
     "add_common_flags",

@@ -25,6 +25,9 @@ class AMPTrainer(SimpleTrainer):
         data_loader: as for ``SimpleTrainer``.
         optimizer: of the model.
         precision: one of :data:`PRECISIONS`.
+
+    Attributes:
+        precision: that autocast computes in.
     """
 
     def __init__(
@@ -36,16 +39,17 @@ class AMPTrainer(SimpleTrainer):
         precision: str = "float16",
     ) -> None:
         super().__init__(model, data_loader, optimizer)
-        self._dtype = PRECISIONS[precision]
+        self.precision = PRECISIONS[precision]
         self._device = next(model.parameters()).device.type
-        self.grad_scaler = torch.amp.GradScaler(self._device, enabled=self._dtype == torch.float16)
+        scales = self.precision == torch.float16
+        self.grad_scaler = torch.amp.GradScaler(self._device, enabled=scales)
 
     def run_step(self) -> None:
         """One iteration; the scaler skips the optimizer's step where a gradient overflowed."""
         start = time.perf_counter()
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
-        with torch.autocast(self._device, self._dtype):
+        with torch.autocast(self._device, self.precision):
             loss_dict = self.model(data)
             losses = sum(loss_dict.values())
         self.optimizer.zero_grad()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -32,6 +31,7 @@ from ..norm import (
 )
 from ..population import AFFINE, ESTIMATORS, ROIS
 from .amp import PRECISIONS
+from .checkpoint import last_checkpoint
 from .values import check_values
 
 
@@ -101,12 +101,6 @@ def check_recalibration(cfg: CfgNode, num_workers: int) -> None:
             f"BN.POPULATION.ESTIMATOR fvcore on {num_workers} workers: each would have statistics "
             "of its own images. Run it on 1 worker, or set BN.POPULATION.ESTIMATOR pooled."
         )
-
-
-def last_checkpoint(folder: str) -> str | None:
-    """The path of the last checkpoint written to ``folder``, or None."""
-    tag = Path(folder, "last_checkpoint")
-    return os.path.join(folder, tag.read_text().strip()) if tag.is_file() else None
 
 
 def _heads(cfg: CfgNode) -> Iterator[tuple[str, CfgNode, _Head]]:

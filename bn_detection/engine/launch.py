@@ -34,6 +34,8 @@ from bn_detection.files import naming_full_disks
 
 __all__ = [
     "DEFAULT_TIMEOUT",
+    "STOP_SIGNALS",
+    "Stopped",
     "WorkerError",
     "add_common_flags",
     "argument_parser",
@@ -43,15 +45,31 @@ __all__ = [
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
+#: What asks a job to stop; a training then writes a checkpoint first.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
 _POLL_SECONDS = 0.2
 # Peers can notice that a worker was killed some milliseconds before its parent can.
 _SETTLE_SECONDS = 0.5
 _TERMINATE_SECONDS = 5.0
+_STOPPED = tuple(128 + signum for signum in STOP_SIGNALS)
 _TORCHRUN_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}
+
+
+class Stopped(SystemExit):
+    """All workers have stopped as they were asked to: by a signal, of number ``code - 128``."""
 
 
 class WorkerError(RuntimeError):
     """One of several workers failed; the message has its rank, the cause, and its traceback."""
+
+
+_STATUS = """
+exit status:
+  0 done; 1 a failure; 2 an error in the configuration or its input; 130 ended by Ctrl-C
+  143 stopped by SIGTERM, 138 by SIGUSR1: a training has finished its iteration and written a
+  checkpoint, from which --resume goes on
+"""
 
 
 def argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
@@ -68,7 +86,7 @@ def argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
         parents=[upstream],
         add_help=False,
         conflict_handler="resolve",
-        epilog=upstream.epilog,
+        epilog=upstream.epilog if epilog else f"{upstream.epilog}{_STATUS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -117,9 +135,9 @@ def run(
     """Run a command line tool: launch its workers, and end the process as a tool should.
 
     A :class:`ConfigError` prints its message once, with ``--traceback`` also where it comes from,
-    and exits with status 2. A failed worker prints
-    its rank and traceback and exits with status 1, Ctrl-C exits with status 130. The exception of a
-    single process passes through.
+    and exits with status 2. A failed worker prints its rank and traceback and exits with status 1,
+    Ctrl-C exits with status 130, a job that was stopped by SIGTERM or SIGUSR1 with 128 and its
+    number. The exception of a single process passes through.
 
     Args:
         main_func: called as ``main_func(args)`` in each worker; it must be importable.
@@ -152,6 +170,10 @@ def run(
     except WorkerError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    except Stopped as stopped:
+        if dist.is_torchelastic_launched():
+            _leave(stopped.code)
+        raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
@@ -192,6 +214,7 @@ def launch(
         ConfigError: the arguments do not fit each other, the GPUs, or torchrun's; or a worker
             raised it.
         WorkerError: one of several workers failed. The others have been ended.
+        Stopped: the workers were asked to stop.
     """
     use_gpus = torch.device(device).type == "cuda" and torch.cuda.is_available()
     if os.environ.keys() >= _TORCHRUN_VARIABLES:
@@ -463,31 +486,47 @@ def _spawn(job: _Job) -> None:
     Raises:
         ConfigError: a worker raised it.
         WorkerError: a worker failed in another way.
+        Stopped: a signal asked to stop, which was passed on to them.
     """
     workers: list[_Worker] = []
+    asked: list[int] = []
     with contextlib.ExitStack() as stack:
-        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-            stack.enter_context(_handle(signal.SIGTERM, _exit_on_signal))
+        for signum in STOP_SIGNALS:
+            if signal.getsignal(signum) == signal.SIG_DFL:
+                stack.enter_context(_handle(signum, lambda signum, _: asked.append(signum)))
         try:
             # Ignoring is inherited: Ctrl-C must reach this process alone, which ends the workers.
             with _handle(signal.SIGINT, signal.SIG_IGN):
                 for local_rank in range(job.num_workers):
                     workers.append(_Worker(job, local_rank))
-            _wait(workers, job.world_size)
+            _wait(workers, job.world_size, asked)
         except BaseException:
             _end(workers)
             raise
 
 
-def _wait(workers: list[_Worker], world_size: int) -> None:
-    running = workers
+def _wait(workers: list[_Worker], world_size: int, asked: Sequence[int] = ()) -> None:
+    running, passed_on = workers, 0
     while running:
         # Time limited, because a worker's children keep its sentinel from firing.
         connection.wait([worker.process.sentinel for worker in running], _POLL_SECONDS)
-        if any(worker.process.exitcode or worker.failure() for worker in running):
+        for signum in asked[passed_on:]:
+            passed_on += 1
+            for worker in running:
+                # Not to its children: the iteration that it finishes needs its data.
+                if worker.process.is_alive():
+                    os.kill(worker.process.pid, signum)
+        codes = {worker.process.exitcode for worker in workers} - {None, 0, *_STOPPED}
+        # Who has no training to finish is ended by the signal itself.
+        if any(-signum in codes for signum in asked):
+            raise Stopped(128 + asked[0])
+        if codes or any(worker.failure() for worker in running):
             time.sleep(_SETTLE_SECONDS)
             raise _first_failure(workers, world_size)
         running = [worker for worker in running if worker.process.exitcode is None]
+    stopped = {worker.process.exitcode for worker in workers} & {*_STOPPED}
+    if stopped:
+        raise Stopped(max(stopped))
 
 
 def _first_failure(workers: list[_Worker], world_size: int) -> ConfigError | WorkerError:
@@ -561,10 +600,6 @@ def _handle(signum: signal.Signals, handler: Any) -> Iterator[None]:
         signal.signal(signum, previous)
 
 
-def _exit_on_signal(signum: int, _frame: Any) -> None:
-    sys.exit(128 + signum)
-
-
 # ---------------------------------------------------------------------------------------------
 # Workers that are spawned here: the worker's side
 # ---------------------------------------------------------------------------------------------
@@ -590,6 +625,8 @@ def _work(job: _Job, rank: int, local_rank: int, reports: connection.Connection)
             **rendezvous,
         )
         _leave()
+    except Stopped as stopped:
+        _leave(stopped.code)
     except (Exception, SystemExit) as error:
         failure_time = time.monotonic()
         if isinstance(error, SystemExit) and not error.code:
@@ -602,7 +639,7 @@ def _work(job: _Job, rank: int, local_rank: int, reports: connection.Connection)
         sys.exit(1)
 
 
-def _leave() -> None:
+def _leave(status: int = 0) -> None:
     """End this worker as the interpreter does, but without unloading torch's native threads.
 
     That unloading can abort a worker that has done its work ("terminate called without an active
@@ -611,7 +648,7 @@ def _leave() -> None:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 def _end_with_parent() -> None:

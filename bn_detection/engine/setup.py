@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import json
 import logging
@@ -30,8 +31,9 @@ from ..data import (
     read_corrupted_name,
     register_datasets,
 )
-from ..files import make_folder, replacing
-from .checks import check_config, last_checkpoint
+from ..files import FolderLock, make_folder, replacing
+from .checkpoint import last_checkpoint
+from .checks import check_config
 from .config_files import merge_config_file, merge_overrides
 from .rehearsal import rehearse
 
@@ -89,6 +91,9 @@ def preflight(args: argparse.Namespace) -> str:
         ConfigError: names the key or flag, its value, and what would be right.
     """
     cfg = load_config(args)
+    writes = not args.eval_only and args.machine_rank == 0 and os.environ.get("RANK", "0") == "0"
+    if writes and Path(cfg.OUTPUT_DIR, FolderLock.FILE_NAME).exists():
+        keep_folder(cfg.OUTPUT_DIR)
     num_workers = int(os.environ.get("WORLD_SIZE", args.num_gpus * args.num_machines))
     check_config(cfg, num_workers=num_workers, eval_only=args.eval_only, resume=args.resume)
     if not cfg.OUTPUT_DIR:
@@ -97,7 +102,41 @@ def preflight(args: argparse.Namespace) -> str:
     check_datasets(cfg, [] if args.eval_only else cfg.DATASETS.TRAIN)
     rehearse(cfg, training=not args.eval_only)
     make_folder(Path(cfg.OUTPUT_DIR), f"OUTPUT_DIR {cfg.OUTPUT_DIR}")
+    if writes:
+        keep_folder(cfg.OUTPUT_DIR)
     return cfg.MODEL.DEVICE
+
+
+_kept: dict[str, FolderLock] = {}
+
+
+def keep_folder(folder: str) -> None:
+    """Keep OUTPUT_DIR for the training of this process and its workers, until it ends.
+
+    Args:
+        folder: OUTPUT_DIR, made if it is not there.
+
+    Raises:
+        ConfigError: another training works there; the message has its host and process.
+    """
+    path = os.path.realpath(folder)
+    if path in _kept and _kept[path].holds():
+        return
+    make_folder(Path(folder), f"OUTPUT_DIR {folder}")
+    lock = FolderLock(folder)
+    try:
+        lock.take()
+    except ConfigError as error:
+        raise ConfigError(f"OUTPUT_DIR {folder}: {error}") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+            raise
+        print(
+            f"warning: OUTPUT_DIR {folder}: its file system has no locks ({error.strerror}), so "
+            "nothing keeps a second training from writing there.",
+            file=sys.stderr,
+        )
+    _kept[path] = lock
 
 
 def setup(args: argparse.Namespace) -> CfgNode:

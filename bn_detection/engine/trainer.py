@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import logging
@@ -9,24 +10,31 @@ import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data import build_test_loader, build_train_loader, report_unreadable
+from ..generators import derive_seed, seed_generators
 from ..heads import configure_model
+from ..population.untouched import untouched
 from .amp import AMPTrainer
 from .checkpoint import AtomicCheckpointer
 from .divergence import naming_divergence
 from .evaluation import build_evaluator
-from .hooks import add_statistics_hooks
+from .hooks import add_statistics_hooks, model_itself
+from .preemption import StopOnSignal, noting_signals
+from .resume import GatherResumeState, ResumeState
 from .setup import evaluation_folder
 
 logger = logging.getLogger(__name__)
@@ -39,14 +47,19 @@ _KEEP_BUFFERS = {
     else "broadcast_buffers": False
 }
 
+_SAVE_OR_EVALUATE = hooks.PeriodicCheckpointer | hooks.EvalHook
+
 
 class Trainer(DefaultTrainer):
     """Detectron2's default trainer with this project's layers, datasets and statistics.
 
     Differs from it in that it trains on CPU workers too, also in mixed precision, averages running
-    statistics over the workers before they are used, restores the optimizer on ``--resume`` (v0.6
-    does not), never leaves a partial checkpoint, and writes ``results.json`` beside the
-    evaluation's other files.
+    statistics over the workers before they are used, never leaves a partial checkpoint, and writes
+    ``results.json`` beside the evaluation's other files.
+
+    A training that goes on from a checkpoint ends with the bits of one that was not interrupted:
+    before each iteration the generators of a worker are seeded by the seed of the training, the
+    worker and the iteration, and the checkpoint has the rest (:class:`ResumeState`).
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -76,17 +89,95 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
+        # That of PreciseBN goes on from one estimate to the next.
+        loaders = [data_loader, *(getattr(hook, "_data_loader", None) for hook in self._hooks)]
+        seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        self._resume = ResumeState(
+            model_itself(self), [loader for loader in loaders if loader is not None], seed
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        return {**TrainerBase.state_dict(self), "_trainer": self._trainer.state_dict()}
+        state = {**TrainerBase.state_dict(self), "_trainer": self._trainer.state_dict()}
+        resume = self._resume.state_dict(state.get("hooks", {}))
+        return {**state, "resume": resume} if resume else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         TrainerBase.load_state_dict(self, state_dict)
         if "_trainer" in state_dict:
             self._trainer.load_state_dict(state_dict["_trainer"])
+        if "resume" not in state_dict:
+            logger.warning(
+                "The checkpoint does not say where the data and random numbers were: they begin "
+                "anew, so that the training goes on with other bits than if it had not stopped."
+            )
+            return
+        hooks = self._resume.load_state_dict(state_dict["resume"])
+        TrainerBase.load_state_dict(self, {"iteration": self.iter, "hooks": hooks})
+        if self.cfg.SEED >= 0 and self._resume.seed != self.cfg.SEED:
+            logger.warning(
+                "SEED %d is not that of the checkpoint, %d, which data and random numbers go on "
+                "with.",
+                *(self.cfg.SEED, self._resume.seed),
+            )
+
+    def gather_resume_state(self) -> None:
+        """Gather the states of all workers for a checkpoint of now; all workers must call it."""
+        self._resume.gather(TrainerBase.state_dict(self).get("hooks", {}))
+
+    def train(self) -> OrderedDict[str, Any] | None:
+        """Train from :attr:`start_iter` on; returns the metrics of the last evaluation."""
+        self._resume.use_seed()
+        try:
+            return super().train()
+        finally:
+            self._resume.close_loaders()
+
+    def before_train(self) -> None:
+        super().before_train()
+        # The sum of two is the same in any order.
+        if self.start_iter > 0 and comm.get_world_size() > 2:
+            self._order_gradients()
+
+    def _order_gradients(self) -> None:
+        """Have DDP add gradients in the order in which an uninterrupted training does.
+
+        It orders them by its first backward, once the second forward begins. So there is a step
+        that counts for nothing, with the images of the first.
+        """
+        inner = self._trainer
+        batch = next(inner._data_loader_iter)
+        rest = chain([copy.deepcopy(batch)], inner._data_loader_iter)
+        # Later versions of Detectron2 than v0.6 have a property before it.
+        lazy = hasattr(inner, "_data_loader_iter_obj")
+        setattr(inner, "_data_loader_iter_obj" if lazy else "_data_loader_iter", rest)
+        precision = inner.precision if isinstance(inner, AMPTrainer) else None
+        device = next(self.model.parameters()).device.type
+        # At an iteration of its own, for the groups of layers that count calls in one.
+        with (
+            EventStorage(self.start_iter - 1),
+            untouched(model_itself(self)),
+            torch.jit.optimized_execution(False),
+            torch.autocast(device, precision, enabled=precision is not None),
+        ):
+            sum(self.model(batch).values()).backward()
+        inner.optimizer.zero_grad()
+
+    def before_step(self) -> None:
+        seed_generators(derive_seed(self._resume.seed, "step", comm.get_rank(), self.iter))
+        super().before_step()
+
+    def run_step(self) -> None:
+        # What torch.jit makes of a function depends on the calls before, in its last bits.
+        with torch.jit.optimized_execution(False):
+            super().run_step()
 
     def build_hooks(self) -> list[HookBase | None]:
-        return add_statistics_hooks(self, super().build_hooks())
+        built = add_statistics_hooks(self, super().build_hooks())
+        saves = next(i for i, hook in enumerate(built) if isinstance(hook, _SAVE_OR_EVALUATE))
+        built.insert(saves, GatherResumeState(self.cfg.SOLVER.CHECKPOINT_PERIOD))
+        evaluates = next(i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
+        built.insert(evaluates, StopOnSignal(self.cfg.SOLVER.CHECKPOINT_PERIOD))
+        return built
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -185,10 +276,12 @@ def train(cfg: CfgNode, resume: bool) -> OrderedDict[str, Any] | None:
 
     Raises:
         ConfigError: the loss is not finite; names where, and the last good checkpoint.
+        Stopped: SIGTERM or SIGUSR1 asked to stop. The iteration was finished, and there is a
+            checkpoint of it.
     """
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=resume)
     if cfg.TEST.AUG.ENABLED:
         trainer.register_hooks([hooks.EvalHook(0, lambda: _test_with_tta(cfg, trainer.model))])
-    with naming_divergence(trainer):
+    with naming_divergence(trainer), noting_signals():
         return trainer.train()

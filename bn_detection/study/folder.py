@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import json
 import os
@@ -15,13 +14,13 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from ..config import ConfigError
+from ..files import FolderLock
 from .process import write_json
 from .study_file import TAKEN, Overrides, Study
 
 _RECORD = "study.json"
-_LOCK = ".lock"
 # What a start has left that was killed before it had written the record.
-_BEGUN = {_LOCK, f"{_RECORD}.partial"}
+_BEGUN = {FolderLock.FILE_NAME, f"{_RECORD}.partial"}
 _RECORDS = {"training.json", "recalibration.json", "evaluation.json"}
 SLURM_FOLDER = "slurm"
 """Of submitit's files, once a job was submitted."""
@@ -34,18 +33,20 @@ class Claim:
 
     Attributes:
         folder: of the study.
-        descriptor: of an open file; a process that keeps it open keeps the folder.
+        lock: of the folder.
     """
 
     folder: Path
-    descriptor: int
+    lock: FolderLock
+
+    @property
+    def descriptor(self) -> int:
+        """Of an open file; a process that keeps it open keeps the folder."""
+        return self.lock.descriptor
 
     def holds(self) -> bool:
         """Whether the folder is still there, and was not removed, or made anew."""
-        try:
-            return os.path.samestat(os.stat(self.folder / _LOCK), os.fstat(self.descriptor))
-        except FileNotFoundError:
-            return False
+        return self.lock.holds()
 
 
 @contextmanager
@@ -67,21 +68,14 @@ def claimed(
     # Here, so that nothing is left in a folder of something else; below, once nobody else writes.
     check_folder(folder, study, overrides, configs)
     folder.mkdir(parents=True, exist_ok=True)
-    # Not emptied when it is opened: it has the number of the process that works there.
-    with (folder / _LOCK).open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise ConfigError(
-                f"Another process works in {folder} (started by process {lock.read().strip()}): "
-                "wait for it, or end it first."
-            ) from None
+    lock = FolderLock(folder)
+    lock.take()
+    try:
         settings = check_folder(folder, study, overrides, configs)
-        lock.truncate(0)
-        print(os.getpid(), file=lock, flush=True)
         write_json(folder / _RECORD, settings)
-        yield Claim(folder, lock.fileno())
+        yield Claim(folder, lock)
+    finally:
+        lock.release()
 
 
 def check_folder(
