@@ -69,8 +69,8 @@ def check_config(cfg: CfgNode, *, num_workers: int, eval_only: bool, resume: boo
     if not resumes:
         _check_weights(cfg.MODEL.WEIGHTS)
     if not eval_only:
-        _check_training(cfg, num_workers, resume)
         _check_synchronization(cfg)
+        _check_training(cfg, num_workers, resume)
         _check_virtual_workers(cfg, num_workers)
 
 
@@ -358,6 +358,8 @@ def _check_weights(weights: str) -> None:
 
 
 def _check_training(cfg: CfgNode, num_workers: int, resume: bool) -> None:
+    if not cfg.DATASETS.TRAIN:
+        raise ConfigError("DATASETS.TRAIN is empty; name a dataset to train on.")
     solver = cfg.SOLVER
     # With REFERENCE_WORLD_SIZE Detectron2 scales the batch to the workers.
     reference = solver.REFERENCE_WORLD_SIZE or num_workers

@@ -124,8 +124,6 @@ def check_values(cfg: CfgNode, *, training: bool) -> None:
         for key in ("TRAIN", "TEST") if training else ("TEST",):
             _check_proposals(cfg, key)
     if training:
-        if not cfg.DATASETS.TRAIN:
-            raise ConfigError("DATASETS.TRAIN is empty; name a dataset to train on.")
         _check_sizes("INPUT.MIN_SIZE_TRAIN", cfg.INPUT.MIN_SIZE_TRAIN)
         _check_steps(cfg)
     _check_device(cfg.MODEL.DEVICE)
