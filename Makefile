@@ -1,6 +1,7 @@
 # make demo   install, train, evaluate and report on the embedded dataset
 # make study  install and run the leakage study on it, with three seeds
 # make test   install and run the tests (DETECTRON2_SRC=<checkout> for those of a Detectron2 checkout)
+# make campaign  install and try hundreds of wrong inputs, and trainings that are killed and resumed
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +15,7 @@ ifdef DETECTRON2_SRC
 export PYTHONPATH := $(abspath $(DETECTRON2_SRC))$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
 
-.PHONY: install demo study test lint clean
+.PHONY: install demo study test campaign lint clean
 
 install: $(STAMP)
 
@@ -36,6 +37,9 @@ study: install
 # A file of tests is run by one process, so that what its tests share is made once.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
+
+campaign: install
+	PYTHONPATH=tests$(if $(PYTHONPATH),:$(PYTHONPATH)) $(BIN)/python -m campaign
 
 lint: install
 	$(BIN)/ruff check .

@@ -92,6 +92,33 @@ def test_a_layer_that_does_more_is_not_converted_and_named() -> None:
         convert_norm(patched, "GN")
 
 
+def test_layers_of_timm() -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("efficientnet_lite0", features_only=True, pretrained=False)
+    other = copy.deepcopy(model)
+    batches = [torch.rand(number, 3, 64, 64) for number in (3, 5, 4)]
+    update_bn_stats(other, batches, len(batches))
+    found = collect_statistics(model, batches, len(batches))
+    layers = {n: m for n, m in other.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    assert found.keys() == layers.keys() and len(layers) > 40
+    for name, layer in layers.items():
+        count = found[name].count
+        # Some means are 0, but for rounding: those behind a layer without an activation.
+        error = (found[name].mean - layer.running_mean).abs() / layer.running_var.sqrt()
+        assert error.max() < 1e-5
+        assert relative_error(found[name].var * (count - 1) / count, layer.running_var) < 1e-5
+    with pytest.raises(ValueError, match="BatchNormAct2d does more than normalize"):
+        convert_norm(model, "ShuffleBN")
+    expected = copy.deepcopy(other.eval())
+    for name in layers:
+        layer = expected.get_submodule(name)
+        layer.running_mean, layer.running_var = None, None
+    assert set_inference(other, "batch", ["*"]) == list(layers)
+    for one, two in zip(other(batches[0]), expected(batches[0]), strict=True):
+        assert relative_error(one, two) < 1e-6
+
+
 SHAPES: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = {
     "1d": (nn.BatchNorm1d, ()),
     "1d of sequences": (nn.BatchNorm1d, (7,)),
