@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -119,17 +120,15 @@ def _kill(rng: random.Random, line: list[str], output: Path, workers: int, secon
             time.sleep(0.005)
         # Before the first checkpoint are seconds, and some tenths are between two.
         time.sleep(delay * (4.0 if after == 0 else 0.3))
-        victim = process.pid
-        if of_worker:
-            victims = [pid for pid in processes_below(process.pid)[1:] if _works(pid)]
-            victim = rng.choice(sorted(victims)) if victims else victim
         if process.poll() is None:
-            os.kill(victim, signal.SIGKILL)
+            victim = _victim(rng, process.pid, of_worker)
+            with contextlib.suppress(ProcessLookupError):  # a worker that has just ended
+                os.kill(victim, signal.SIGKILL)
             break
         if process.returncode:
             raise WrongError(f"ended by itself: {process.communicate()[1][-2000:]}")
         if after == 0:
-            break
+            raise WrongError("it was done before it could be killed")
         # It was done before.
         after -= 1
         for path in output.iterdir():
@@ -151,11 +150,19 @@ def _kill(rng: random.Random, line: list[str], output: Path, workers: int, secon
     return f", {whom} killed after checkpoint {after}"
 
 
+def _victim(rng: random.Random, tool: int, of_worker: bool) -> int:
+    """The tool, or one of its workers or of their loaders, if they have started."""
+    with contextlib.suppress(psutil.Error):
+        victims = [pid for pid in processes_below(tool)[1:] if of_worker and _works(pid)]
+        return rng.choice(sorted(victims) or [tool])
+    return tool
+
+
 def _start(line: list[str], mark: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", _MARK: mark}
     return subprocess.Popen(
         [sys.executable, *line],
-        stdout=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
