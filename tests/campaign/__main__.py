@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ import torch
 
 from . import configs, datasets, files, kills, resume
 from .counting import OTHER, Tally, table
-from .running import make_material
+from .running import make_material, prepare_process
 
 PARTS = ("configs", "datasets", "files", "resume", "kills")
 _CONFIGS, _RANDOM_DATASETS, _KILLS = 600, 40, 20
@@ -93,7 +92,7 @@ def run_jobs(some: Sequence[Job]) -> list[Tally]:
 def _run_in_pool(some: Sequence[Job], at_once: int) -> tuple[list[Tally], list[Job]]:
     """Tallies, and the jobs without one, because a process died."""
     tallies, left = [], []
-    with ProcessPoolExecutor(at_once, get_context("spawn"), initializer=_prepare) as pool:
+    with ProcessPoolExecutor(at_once, get_context("spawn"), initializer=prepare_process) as pool:
         futures = {pool.submit(job.run, *job.arguments): job for job in some}
         for done, future in enumerate(as_completed(futures), 1):
             job = futures[future]
@@ -108,13 +107,6 @@ def _run_in_pool(some: Sequence[Job], at_once: int) -> tuple[list[Tally], list[J
 def _chunks(items: Sequence[_Item], size: int = _CHUNK) -> Iterator[list[_Item]]:
     for first in range(0, len(items), size):
         yield list(items[first : first + size])
-
-
-def _prepare() -> None:
-    """A process of one thread, with as many open files as it may have."""
-    torch.set_num_threads(1)
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def run_part(part: str, seed: int, material: Path, folder: Path, seconds: float) -> list[Tally]:
@@ -163,11 +155,10 @@ def main() -> int:
             folder.mkdir()
             first, *others = run_part(part, args.seed, material, folder, args.seconds)
             tallies.append(sum(others, first))
-    broken = [told for tally in tallies for told in tally.broken]
-    for told in broken:
-        print(f"{told}\n")
+            print("\n\n".join([*tallies[-1].broken, ""]), end="", flush=True)
+    broken = sum(len(tally.broken) for tally in tallies)
     minutes = (time.monotonic() - start) / 60
-    print(f"Seed {args.seed}, {minutes:.1f} minutes. Inputs that broke a promise: {len(broken)}.\n")
+    print(f"Seed {args.seed}, {minutes:.1f} minutes. Inputs that broke a promise: {broken}.\n")
     print(table(tallies))
     return 1 if broken else 0
 

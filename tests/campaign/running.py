@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import functools
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -34,6 +35,13 @@ def make_material(folder: Path) -> None:
     cfg = load_config(argument_parser().parse_args(["--config-file", str(CONFIG), *options]))
     torch.manual_seed(0)
     torch.save({"model": Trainer.build_model(cfg).state_dict()}, folder / WEIGHTS)
+
+
+def prepare_process() -> None:
+    """One thread, and as many open files as there may be."""
+    torch.set_num_threads(1)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def read_config(args: argparse.Namespace) -> CfgNode:
