@@ -66,8 +66,10 @@ def jobs(part: str, seed: int, material: Path, folder: Path, seconds: float) -> 
         for chosen in _chunks([(tool, name) for name in names for tool in datasets.TOOLS]):
             yield Job(datasets.PART, datasets.run, (seed, chosen, _RANDOM_DATASETS, *rest))
     elif part == "files":
-        for chosen in _chunks([place.name for place in files.places(material)]):
-            yield Job(files.PART, files.run, (chosen, *rest))
+        for number, chosen in enumerate(_chunks([p.name for p in files.places(material)])):
+            own = folder / str(number)
+            own.mkdir()
+            yield Job(files.PART, files.run, (chosen, material, own, seconds))
     elif part == "resume":
         for variants in _chunks(resume.ONE_WORKER, 3):
             yield Job(resume.PART, resume.run, (variants, 1, *rest))
