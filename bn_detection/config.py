@@ -15,7 +15,8 @@ class ConfigError(ValueError):
 
 def one_line(error: BaseException) -> str:
     """What an error says, in one line; its type where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
+    text, *_ = str(error).split("\nException raised from ")  # torch's frames of C++
+    return " ".join(text.split()) or type(error).__name__
 
 
 def add_bn_detection_config(cfg: CN) -> None:

@@ -225,6 +225,7 @@ def test_argument_parser():
         ({"num_machines": 0}, "--num-machines 0"),
         ({"num_machines": 2, "machine_rank": 2}, "--machine-rank 2.* 0 to 1"),
         ({"num_machines": 2}, "--dist-url auto.*--num-machines 2"),
+        ({"num_workers_per_machine": 2, "dist_url": "tcp://["}, "tcp://HOST:PORT"),
         ({"num_workers_per_machine": 2, "dist_url": "tcp://localhost"}, "tcp://HOST:PORT"),
         ({"num_workers_per_machine": 2, "dist_url": "tcp://localhost:x"}, "tcp://HOST:PORT"),
     ],

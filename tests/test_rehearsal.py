@@ -12,8 +12,10 @@ from detectron2.config import CfgNode
 from tooling import QUICKSTART, run_tool
 
 from bn_detection import ConfigError
+from bn_detection.config import one_line
 from bn_detection.engine import argument_parser, check_config, load_config
 from bn_detection.engine.rehearsal import rehearse
+from bn_detection.engine.values import check_values
 from bn_detection.study.matrix import plan
 from bn_detection.study.study_file import read_study
 
@@ -161,3 +163,17 @@ def test_a_tool_ends_with_one_line(tmp_path: Path) -> None:
     ended = run_tool("train_net", "--config-file", path, "--num-gpus", 0, "OUTPUT_DIR", tmp_path)
     assert ended.status == 2
     assert ended.error.startswith("error: --num-gpus 0")
+
+
+def test_a_list_that_contains_itself_is_named() -> None:
+    cfg = config()
+    cfg.BN.MODULES.append(cfg.BN.MODULES)
+    with pytest.raises(ConfigError, match=r"BN\.MODULES: a list in it contains itself"):
+        check_values(cfg, training=True)
+
+
+def test_frames_of_torch_are_not_in_a_line() -> None:
+    error = RuntimeError(
+        "too large\nException raised from at::f (most recent call first):\nframe #0"
+    )
+    assert one_line(error) == "too large"

@@ -315,13 +315,13 @@ def _open_rendezvous(
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         return store, ("127.0.0.1", store.port)
 
-    url = urlsplit(dist_url)
-    if url.scheme != "tcp":
-        return None, dist_url
     try:
+        url = urlsplit(dist_url)
         host, port = url.hostname, url.port
     except ValueError:
-        host, port = None, None
+        raise ConfigError(f"--dist-url {dist_url}: expected tcp://HOST:PORT") from None
+    if url.scheme != "tcp":
+        return None, dist_url
     if not host or not port:
         raise ConfigError(f"--dist-url {dist_url}: expected tcp://HOST:PORT")
     if machine_rank > 0:

@@ -92,7 +92,7 @@ def preflight(args: argparse.Namespace) -> str:
     """
     cfg = load_config(args)
     writes = not args.eval_only and args.machine_rank == 0 and os.environ.get("RANK", "0") == "0"
-    if writes and Path(cfg.OUTPUT_DIR, FolderLock.FILE_NAME).exists():
+    if writes and os.path.exists(os.path.join(cfg.OUTPUT_DIR, FolderLock.FILE_NAME)):
         keep_folder(cfg.OUTPUT_DIR)
     num_workers = int(os.environ.get("WORLD_SIZE", args.num_gpus * args.num_machines))
     check_config(cfg, num_workers=num_workers, eval_only=args.eval_only, resume=args.resume)

@@ -108,7 +108,11 @@ def check_values(cfg: CfgNode, *, training: bool) -> None:
                 f"{key} None: it must be a value of type {type(default).__name__}, such as "
                 f"{default!r}."
             )
-        if not all(math.isfinite(number) for number in _floats(value)):
+        try:
+            finite = all(math.isfinite(number) for number in _floats(value))
+        except RecursionError as error:
+            raise ConfigError(f"{key}: a list in it contains itself.") from error
+        if not finite:
             raise ConfigError(f"{key} {value}: it must be finite.")
     for key in _TEXTS:
         value = _get(cfg, key)

@@ -32,6 +32,7 @@ _SQUEUE_SECONDS = 5.0
 # NFS shows what another machine has written some 60 seconds later.
 _RECORD_SECONDS = 90.0
 _TAIL_LINES = 8
+_MOST_JOBS = 1000
 # A day: submitit's own default of five minutes would end nearly every training.
 _TIMEOUT_MIN = 1440
 # Of submitit, those whose values are no text; and those that give a job GPUs.
@@ -130,6 +131,8 @@ class LocalExecutor:
         self._folder = folder
         gpus = _gpus() if torch.device(device).type == "cuda" else []
         self.jobs = jobs or max(1, (len(gpus) or _cores()) // workers)
+        if self.jobs > _MOST_JOBS:
+            raise ConfigError(f"--jobs {self.jobs}: at most {_MOST_JOBS} run at once on a machine.")
         if gpus and workers > len(gpus):
             raise ConfigError(
                 f"The study has tasks of {workers} workers, which need a GPU each; there are "
