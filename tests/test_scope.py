@@ -9,11 +9,21 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from distributed import run_workers
-from reference import CHANNELS, assert_close, clock, samples
+from reference import (
+    CHANNELS,
+    assert_close,
+    clock,
+    reference_step,
+    relative_error,
+    samples,
+    set_affine,
+    shuffled,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bn_detection import to_plain_batch_norm
+from bn_detection import convert_norm, to_plain_batch_norm
+from bn_detection.heads import BNOptions
 from bn_detection.norm import (
     PartitionedBatchNorm2d,
     RenormSchedule,
@@ -236,3 +246,58 @@ def test_to_plain_batch_norm_removes_the_scope() -> None:
     assert not head._forward_pre_hooks
     assert torch.equal(head(x), expected)
     head.train()(x)
+
+
+class Parts(nn.Module):
+    """One norm, called once for each part of the rows."""
+
+    def __init__(self, sizes: list[int] | None = None) -> None:
+        super().__init__()
+        self.norm = set_affine(nn.BatchNorm2d(CHANNELS))
+        self.sizes = sizes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.norm(rows) for rows in x.split(self.sizes or [len(x)])])
+
+
+IMAGES = [[4, 0, 3], [2, 5, 1]]  # rows of each image, by worker
+
+
+def _in_a_loop(rank: int, world_size: int, where: str) -> dict[str, Tensor]:
+    """A step of a model that loops over its images, or of a head that loops over its rows."""
+    model = nn.Sequential(Parts(IMAGES[rank] if where == "0.*" else None))
+    convert_norm(model, "ShuffleBN", where, options=BNOptions(shuffle_seed=3))
+    x, grad = (samples([7, 8], seed)[rank].requires_grad_() for seed in (0, 1))
+    calls = [x] if where == "0.*" else x.split(IMAGES[rank])
+    with clock(7):
+        y = torch.cat([model(rows) for rows in calls])
+        y.backward(grad)
+    return {"y": y.detach(), "grad_x": x.grad, "weight": model[0].norm.weight.grad}
+
+
+@pytest.mark.parametrize(("where", "name"), [("0", "0"), ("0.*", "0.norm")])
+@pytest.mark.timeout(60)
+def test_a_loop_over_images_shuffles_each_call(where: str, name: str) -> None:
+    results = run_workers(_in_a_loop, 2, where)
+    xs, grads = ([samples([7, 8], seed)[r].split(IMAGES[r]) for r in (0, 1)] for seed in (0, 1))
+    expected: dict[str, list[list[Tensor]]] = {"y": [[], []], "grad_x": [[], []]}
+    weight = torch.zeros(CHANNELS).double()
+    for k, counts in enumerate(zip(*IMAGES, strict=True)):
+        ids = torch.cat(shuffled(counts, 2, seed=3, name=name, iteration=7, call=k))
+        x, grad = (torch.cat([part[rank][k] for rank in (0, 1)]) for part in (xs, grads))
+        step = reference_step(x, grad, ids)
+        for key, by_rank in expected.items():
+            for rank, rows in enumerate(step[key].split(counts)):
+                by_rank[rank].append(rows.detach())
+        weight += step["grad_weight"]
+    for rank, result in enumerate(results):
+        assert_close(result, {key: torch.cat(by_rank[rank]) for key, by_rank in expected.items()})
+    assert relative_error(results[0]["weight"] + results[1]["weight"], weight) < 1e-5
+
+
+@pytest.mark.parametrize("sizes", [[4, 4], [5, 3]], ids=str)
+def test_a_loop_within_a_head_is_refused_with_the_pattern_that_works(sizes: list[int]) -> None:
+    model = nn.Sequential(Parts(sizes))
+    convert_norm(model, "ShuffleBN", "0", options=BNOptions(virtual_workers=2))
+    with pytest.raises(RuntimeError, match=r'0 works on parts .* pattern "0\.\*" in place of "0"'):
+        model(samples([8])[0])

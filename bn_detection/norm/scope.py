@@ -316,7 +316,9 @@ class Scope(Generic[T]):
                 f"{_describe(layer)} has {x.shape[0]} rows, and {self.owner} or its layers before "
                 f"it {call.rows.count}: they cannot share groups. Convert the modules that work on "
                 "other rows by names of their own, such as "
-                '[["roi_heads.box_head", "ShuffleBN"], ["roi_heads.mask_head", "ShuffleBN"]].'
+                '[["roi_heads.box_head", "ShuffleBN"], ["roi_heads.mask_head", "ShuffleBN"]]; '
+                f"where {self.owner} works on parts of its rows, those below it: with the pattern "
+                f'"{self.name}.*" in place of "{self.name}".'
             )
         self._forwards.setdefault(id(layer), Forwards()).keep(x, call)
         return call.value
