@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 from training import build_trainer, make_images
 
 from bn_detection import ConfigError
-from bn_detection.engine import AtomicCheckpointer
+from bn_detection.engine import AtomicCheckpointer, evaluate
 from bn_detection.engine.checkpoint import check_intact, last_checkpoint
+from bn_detection.engine.setup import register_datasets
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,25 @@ def test_a_zeroed_stretch_is_noticed(run: Path, tmp_path: Path, at: float) -> No
     (tmp_path / "last_checkpoint").write_text("model.pth")
     with pytest.raises(ConfigError, match=f"--resume: {path}: the file is damaged: "):
         AtomicCheckpointer(model, str(tmp_path)).resume_or_load("", resume=True)
+
+
+def test_classes_in_another_order_are_not_evaluated(run: Path, tmp_path: Path) -> None:
+    weights = run / "output" / "model_final.pth"
+    names = [f"class_{k}" for k in range(4)]
+    assert torch.load(weights)["thing_classes"] == names
+    annotations = json.loads((run / "val" / "annotations.json").read_text())
+    for category in annotations["categories"]:
+        category["name"] = names[category["id"] % 4]
+    (tmp_path / "moved.json").write_text(json.dumps(annotations))
+    trainer = build_trainer(run, tmp_path / "output", *SHORT)
+    cfg = trainer.cfg.clone()
+    cfg.defrost()
+    cfg.merge_from_list(["MODEL.WEIGHTS", str(weights), "DATASETS.TEST", "('moved',)"])
+    cfg.DATASETS.COCO_JSON = [["moved", str(tmp_path / "moved.json"), str(run / "val" / "images")]]
+    register_datasets(cfg)
+    reason = f'its class 0 is "class_1", and that of MODEL.WEIGHTS "{weights}" is "class_0"'
+    with pytest.raises(ConfigError, match=re.escape(reason)):
+        evaluate(cfg, resume=False)
 
 
 def test_files_without_checksums_pass(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import difflib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -275,14 +275,47 @@ def check_classes(cfg: CfgNode) -> None:
     classes: dict[str, Sequence[str]] = {}
     for key in ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
-            metadata = MetadataCatalog.get(name)
-            if metadata.get("thing_classes") is None and metadata.get("json_file"):
-                DatasetCatalog.get(name)
-            if metadata.get("thing_classes") is not None and name not in classes:
-                keys[name], classes[name] = f"DATASETS.{key}", metadata.thing_classes
+            known = _thing_classes(name)
+            if known is not None and name not in classes:
+                keys[name], classes[name] = f"DATASETS.{key}", known
     if classes:
-        for warning in check_classes_agree(classes, keys):
-            logger.warning("%s", warning)
+        _check_agreement(classes, keys)
+
+
+def check_trained_classes(cfg: CfgNode, checkpoint: Mapping[str, Any]) -> None:
+    """Check that the classes that weights were trained on have the same places in DATASETS.TEST.
+
+    Args:
+        cfg: the config.
+        checkpoint: what MODEL.WEIGHTS has beside weights; nothing is known where it has no
+            ``thing_classes``.
+
+    Raises:
+        ConfigError: a class has another place, so that it would be evaluated as another.
+    """
+    trained = checkpoint.get("thing_classes")
+    if trained is None:
+        return
+    of_weights = cfg.MODEL.WEIGHTS or "the last checkpoint"
+    classes, keys = {of_weights: trained}, {of_weights: "MODEL.WEIGHTS"}
+    for name in cfg.DATASETS.TEST:
+        known = _thing_classes(name)
+        if known is not None:
+            keys[name], classes[name] = "DATASETS.TEST", known
+    _check_agreement(classes, keys)
+
+
+def _thing_classes(name: str) -> Sequence[str] | None:
+    """The classes of a dataset, which is loaded if they are not known yet."""
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("thing_classes") is None and metadata.get("json_file"):
+        DatasetCatalog.get(name)
+    return metadata.get("thing_classes")
+
+
+def _check_agreement(classes: dict[str, Sequence[str]], keys: dict[str, str]) -> None:
+    for warning in check_classes_agree(classes, keys):
+        logger.warning("%s", warning)
 
 
 def check_dataset_files(key: str, name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,13 @@ class AtomicCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer; a save that is interrupted leaves what was there before it.
 
     A checkpoint is loaded after a look at its checksums, and to resume only into the same model.
+
+    Attributes:
+        thing_classes: names of the classes that the model is trained on, by index, which is written
+            to each checkpoint; None if they are not known.
     """
 
+    thing_classes: Sequence[str] | None = None
     _strict = False
     _resumes = False
 
@@ -88,6 +93,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
         data = {"model": self.model.state_dict()}
         data.update({key: value.state_dict() for key, value in self.checkpointables.items()})
         data.update(kwargs)
+        if self.thing_classes is not None:
+            data["thing_classes"] = list(self.thing_classes)
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
         save_atomically(data, path)

@@ -43,6 +43,9 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
     """
     name = f"--config-file {path}"
     files = list(_with_bases(path, name))
+    for file in files:
+        for key in _no_groups(cfg, file.content):
+            raise ConfigError(f"{_at(file, files, key, name)}: {key} takes a group of keys.")
     try:
         with _safe():
             cfg.merge_from_file(path, allow_unsafe=False)
@@ -89,8 +92,9 @@ def merge_overrides(cfg: CfgNode, overrides: list[str]) -> None:
 class _File:
     """A config file: its keys with dots, each with its line from 1."""
 
-    def __init__(self, path: str, root: yaml.MappingNode) -> None:
+    def __init__(self, path: str, root: yaml.MappingNode, content: dict[str, Any]) -> None:
         self.path = path
+        self.content = content
         self.lines = dict(_lines(root))
 
 
@@ -99,7 +103,7 @@ def _with_bases(path: str, name: str, depth: int = 0) -> Iterator[_File]:
     if depth > _MOST_BASES:
         raise ConfigError(f"{name}: {BASE_KEY} leads in a circle.")
     root, content = _read(path, name)
-    yield _File(path, root)
+    yield _File(path, root, content)
     if BASE_KEY not in content:
         return
     bases = content[BASE_KEY]
@@ -165,9 +169,23 @@ def _where(error: Exception, files: list[_File]) -> str:
     for file in files:
         named = [key for key in file.lines if key in words]
         if named:
-            line = f", line {file.lines[max(named, key=len)]}"
-            return line if file is files[0] else f": {file.path}{line}"
+            return _at(file, files, max(named, key=len))
     return ""
+
+
+def _at(file: _File, files: list[_File], key: str, name: str = "") -> str:
+    line = f", line {file.lines[key]}"
+    return name + (line if file is files[0] else f": {file.path}{line}")
+
+
+def _no_groups(cfg: CfgNode, content: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The keys whose values are no mapping, where those of ``cfg`` are."""
+    for key, value in content.items():
+        if isinstance(cfg.get(key), CfgNode):
+            if isinstance(value, dict):
+                yield from _no_groups(cfg[key], value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}"
 
 
 def _reason(error: Exception) -> str:

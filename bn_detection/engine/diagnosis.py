@@ -20,7 +20,12 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ..config import ConfigError
-from ..data import SinglePassLoader, check_dataset_files, report_unreadable
+from ..data import (
+    SinglePassLoader,
+    check_dataset_files,
+    check_trained_classes,
+    report_unreadable,
+)
 from ..files import make_folder, replacing
 from ..heads import norm_layers
 from ..leakage import LeakageReport, images_per_worker, measure_leakage
@@ -102,7 +107,9 @@ def diagnose(args: argparse.Namespace) -> int:
     per_worker = images_per_worker(cfg, args.workers)
     left_out: list[str] = []
     model, batch_size, measured = _build_model(cfg, workers, per_worker)
-    StrictCheckpointer(model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    check_trained_classes(
+        cfg, StrictCheckpointer(model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    )
     rois = _rois(cfg, left_out)
     batches = _Batches(measured, rois, batch_size, _num_images(args, _IMAGES))
     layers = _inspect(model, batches, rois)

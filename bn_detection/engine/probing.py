@@ -10,7 +10,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 
 from ..config import ConfigError
-from ..data import check_dataset_files
+from ..data import check_dataset_files, check_trained_classes
 from ..files import make_folder, replacing
 from ..leakage import check_probe_config, measure_leakage
 from .checkpoint import StrictCheckpointer
@@ -72,7 +72,9 @@ def probe(args: argparse.Namespace) -> None:
     """
     cfg = begin(_load_config(args), args, _folder(args))
     model = Trainer.build_model(cfg)
-    StrictCheckpointer(model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    check_trained_classes(
+        cfg, StrictCheckpointer(model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    )
     if not cfg.MODEL.WEIGHTS:
         logger.warning("Probing randomly initialized weights: MODEL.WEIGHTS is empty.")
     report = measure_leakage(cfg, model)

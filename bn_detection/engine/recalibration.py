@@ -105,7 +105,7 @@ def recalibrate(args: argparse.Namespace) -> None:
             f"BN.MODULES {list(cfg.BN.MODULES)} match no BN layer with statistics to recompute. "
             f"{describe_batch_norms(model)}"
         )
-    StrictCheckpointer(model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    loaded = StrictCheckpointer(model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
     node = cfg.BN.POPULATION
     batch_size = node.BATCH_SIZE or cfg.SOLVER.IMS_PER_BATCH
     loader = SinglePassLoader(
@@ -156,7 +156,9 @@ def recalibrate(args: argparse.Namespace) -> None:
     if comm.is_main_process():
         report_unreadable(cfg.OUTPUT_DIR)
         output = Path(args.output)
-        _write(output, model, {"settings": settings, "layers": by_layer})
+        _write(
+            output, model, loaded.get("thing_classes"), {"settings": settings, "layers": by_layer}
+        )
         logger.info(
             "Statistics of %d layers from %d images. Change of the normalized values: root mean "
             "square over channels of their shift, (new mean - old) / old std, and of "
@@ -257,10 +259,15 @@ def _or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _write(output: Path, model: nn.Module, record: dict[str, Any]) -> None:
+def _write(
+    output: Path, model: nn.Module, thing_classes: list[str] | None, record: dict[str, Any]
+) -> None:
+    weights: dict[str, Any] = {"model": model.state_dict()}
+    if thing_classes is not None:
+        weights["thing_classes"] = thing_classes
     with replacing(_record_path(output)) as file:
         file.write_text(json.dumps(record, indent=2) + "\n")
-        save_atomically({"model": model.state_dict()}, str(output))
+        save_atomically(weights, str(output))
 
 
 def _table(by_layer: dict[str, dict[str, Any]]) -> str:

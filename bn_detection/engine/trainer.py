@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
@@ -24,7 +25,12 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..data import build_test_loader, build_train_loader, report_unreadable
+from ..data import (
+    build_test_loader,
+    build_train_loader,
+    check_trained_classes,
+    report_unreadable,
+)
 from ..generators import derive_seed, seed_generators
 from ..heads import configure_model
 from ..population.untouched import untouched
@@ -85,6 +91,8 @@ class Trainer(DefaultTrainer):
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        trained_on = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
+        self.checkpointer.thing_classes = trained_on.get("thing_classes")
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -238,7 +246,8 @@ def evaluate(cfg: CfgNode, resume: bool) -> OrderedDict[str, Any]:
     """
     model = Trainer.build_model(cfg)
     checkpointer = AtomicCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    loaded = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    check_trained_classes(cfg, loaded)
     if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
         logger.warning(
             "Evaluating randomly initialized weights: MODEL.WEIGHTS is empty%s.",
