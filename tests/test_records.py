@@ -252,6 +252,7 @@ def test_keypoints_are_those_of_the_model(
     ("content", "words"),
     [
         (lambda text: b"\xef\xbb\xbf" + text, ["byte order mark"]),
+        (lambda text: text.decode().encode("utf-16"), ["UTF-8", "position 0"]),
         (lambda text: b"[" * 100_000 + b"]" * 100_000, ["nested"]),
         (lambda text: text[:-5], ["not JSON"]),
     ],

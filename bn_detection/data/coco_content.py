@@ -135,7 +135,10 @@ def _read_json(json_file: str) -> Any:
             "it begins with a byte order mark, which JSON does not have; save it as UTF-8 without."
         )
     try:
-        return json.loads(data)
+        # Bytes could be UTF-16 too, which pycocotools does not read.
+        return json.loads(data.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is no text in UTF-8 ({error}).") from error
     except RecursionError:
         raise ValueError("its lists or objects are nested too deeply for JSON.") from None
     except ValueError as error:
