@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+import psutil
+
 from .config import ConfigError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -73,7 +75,8 @@ def naming_full_disks() -> Iterator[None]:
         if error.errno not in _FULL:
             raise
         raise ConfigError(
-            f"{_written(error) or 'a file'} cannot be written: {error.strerror}. What was saved "
+            f"{_written(error) or _open_file() or 'a file'} cannot be written: "
+            f"{error.strerror}. What was saved "
             "before is whole; make room and go on with --resume, or run the same command again."
         ) from error
 
@@ -85,6 +88,14 @@ def _written(error: BaseException | None) -> str | None:
         names += [error.filename] if isinstance(error, OSError) and error.filename else []
         error = error.__context__
     return names[-1] if names else None
+
+
+def _open_file() -> str | None:
+    """A file open for writing on a disk that is full: a log's writer does not name its own."""
+    for file in psutil.Process().open_files():
+        if file.mode != "r" and is_full(RuntimeError(), os.path.dirname(file.path)):
+            return str(file.path)
+    return None
 
 
 def make_folder(folder: Path, flag: str) -> None:

@@ -63,6 +63,19 @@ def test_the_file_is_that_which_failed_first(tmp_path: Path) -> None:
             close()
 
 
+def test_a_log_without_a_name_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = SimpleNamespace(free=0)
+    room = SimpleNamespace(free=1 << 30)
+    in_tmp = lambda folder: full if str(folder) == str(tmp_path) else room  # noqa: E731
+    monkeypatch.setattr("shutil.disk_usage", in_tmp)
+    with (
+        open(tmp_path / "metrics.json", "w"),
+        pytest.raises(ConfigError, match=rf"{tmp_path}/metrics.json cannot be written: No space"),
+        naming_full_disks(),
+    ):
+        raise OSError(28, "No space left on device")
+
+
 def test_other_errors_pass(tmp_path: Path) -> None:
     for error in (RuntimeError("other"), PermissionError(13, "denied"), ValueError("other")):
         raised = pytest.raises(type(error), match=r"other|denied")
