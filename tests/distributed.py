@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from tooling import FORK_SERVER
 
 _START_SECONDS = 120.0
 _pools: dict[int, _Pool] = {}
@@ -57,12 +57,9 @@ class _Pool:
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._processes = []
         self._pipes: list[connection.Connection] = []
-        # Forked from a server that has imported everything, workers start in a tenth of the time.
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "bn_detection"])
         for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(
+            ours, theirs = FORK_SERVER.Pipe()
+            process = FORK_SERVER.Process(
                 target=_serve, args=(rank, world_size, self._store.port, theirs), daemon=True
             )
             process.start()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_workers
+from tooling import run_script
 from torch import Tensor
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -28,13 +28,7 @@ DOCS = BENCHMARKS.parent / "docs" / "benchmarks.md"
 
 
 def run_norm(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, BENCHMARKS / "norm.py", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return run_script(BENCHMARKS / "norm.py", *arguments, timeout=120)
 
 
 @pytest.mark.timeout(150)

@@ -20,6 +20,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.utils.file_io import PathManager
 from PIL import Image
+from tooling import run_script
 
 from bn_detection.config import ConfigError, add_bn_detection_config
 from bn_detection.data import (
@@ -315,12 +316,7 @@ def test_classes_are_checked_without_loading_the_clean_dataset_first(tmp_path, s
 def evaluate(*overrides: str | Path) -> subprocess.CompletedProcess[str]:
     config = ROOT / "configs/quickstart/mask_rcnn_bn.yaml"
     tool = ROOT / "tools/train_net.py"
-    return subprocess.run(
-        [sys.executable, tool, "--eval-only", "--config-file", config, *overrides],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    return run_script(tool, "--eval-only", "--config-file", config, *overrides)
 
 
 @pytest.mark.timeout(120)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -21,6 +19,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 from reference import relative_error
 from test_train_net import QUICKSTART, ROOT, ap, overrides, parse, train_net
+from tooling import run_script
 from torch import Tensor, nn
 
 from bn_detection import ConfigError
@@ -140,19 +139,18 @@ def test_inference_rois_without_labels(data: Path, tmp_path: Path) -> None:
     assert record["settings"]["datasets"] == [f"images in {images}"]
 
     # The same batches on two workers, one of which has an image more; then an evaluation.
-    tool = [sys.executable, str(ROOT / "tools" / "recalibrate.py")]
+    tool = ROOT / "tools" / "recalibrate.py"
     options = (*INFERENCE, "BN.POPULATION.BATCH_SIZE", 2)
     flags = ("--num-gpus", 2)
-    command = [*tool, *arguments(data, tmp_path / "two.pth", *options, flags=flags)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    command = [tool, *arguments(data, tmp_path / "two.pth", *options, flags=flags)]
+    ran = run_script(*command)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "images: all are used" in ran.stdout
     assert f"--eval-only MODEL.WEIGHTS {tmp_path / 'two.pth'}" in ran.stdout
     assert_statistics_are_those_of(inputs, load(tmp_path / "two.pth"))
     assert json.loads((tmp_path / "two.json").read_text())["settings"]["workers"] == 2
 
-    again = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    again = run_script(*command)
     assert again.returncode == 2
     assert again.stderr.count("error: ") == 1 and "two.pth exists" in again.stderr
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tooling import run_script
 from torch import Tensor
 
 from bn_detection import ConfigError, PartitionedBatchNorm2d
@@ -74,7 +75,10 @@ def overrides(folder: Path, output: Path, *more: object) -> list[str]:
 
 
 def train_net(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *launcher, str(ROOT / "tools" / "train_net.py"), *arguments]
+    tool = ROOT / "tools" / "train_net.py"
+    if not launcher:
+        return run_script(tool, *arguments)
+    command = [sys.executable, *launcher, str(tool), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command, capture_output=True, text=True, timeout=240, env=environment, cwd=ROOT

@@ -1,17 +1,29 @@
-"""The command line tools, run in this process."""
+"""The command line tools, run in this process or in one of its own that begins with the imports."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing as mp
+import os
 import runpy
+import signal
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+import torch
+
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart"
+
+
+# Forked from a server that has imported everything, processes start in a tenth of the time.
+FORK_SERVER = mp.get_context("forkserver")
+FORK_SERVER.set_forkserver_preload(["torch", "bn_detection", "bn_detection.engine"])
 
 
 class Ended(NamedTuple):
@@ -48,3 +60,38 @@ def run_tool(name: str, *arguments: object) -> Ended:
         return Ended(1, status)
     start = next((i for i, line in enumerate(lines) if line.startswith("Traceback")), first)
     return Ended(int(status or 0), "\n".join(lines[first:]), "\n".join(lines[start:first]))
+
+
+def run_script(
+    path: str | Path, *arguments: object, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """As ``subprocess.run([sys.executable, path, *arguments])`` with one thread.
+
+    Only its start differs: the process is forked where the imports are done.
+
+    Raises:
+        subprocess.TimeoutExpired: it, and all that it started, is killed.
+    """
+    argv = [str(path), *map(str, arguments)]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("stdout", "stderr")]
+        process = FORK_SERVER.Process(target=_run_script, args=(argv, os.getcwd(), files))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            os.killpg(process.pid, signal.SIGKILL)
+            raise subprocess.TimeoutExpired(argv, timeout)
+        texts = [file.read_text() for file in files]
+    return subprocess.CompletedProcess(argv, process.exitcode, *texts)
+
+
+def _run_script(argv: list[str], folder: str, files: list[Path]) -> None:
+    os.setsid()
+    os.chdir(folder)
+    for descriptor, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    sys.argv = argv
+    sys.path.insert(0, os.path.dirname(argv[0]))
+    runpy.run_path(argv[0], run_name="__main__")
