@@ -19,7 +19,7 @@ endif
 
 install: $(STAMP)
 
-$(STAMP): setup.py constraints.txt tools/install_detectron2.py
+$(STAMP): setup.py constraints.txt $(wildcard bn_detection/install_detectron2/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	    --constraint constraints.txt setuptools --editable ".[dev]"

@@ -18,7 +18,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["bn_detection", "bn_detection.*"]),
-    package_data={"bn_detection.page": ["templates/*"]},
+    package_data={
+        "bn_detection.install_detectron2": ["*.patch"],
+        "bn_detection.page": ["templates/*"],
+    },
     python_requires=">=3.10",
     # Detectron2 itself is not on the package index: tools/install_detectron2.py installs it. What
     # it needs at run time is listed here, because that tool installs it without dependencies. So is
