@@ -59,9 +59,11 @@ setup(
         "slurm": ["submitit>=1.5"],
         "dev": [
             "pytest>=7",
+            "pytest-cov>=6",
             "pytest-timeout>=2.1",
             "pytest-xdist>=3.3",
             "hypothesis>=6.80",
+            "mypy>=1.15",
             "ruff>=0.5",
             "submitit>=1.5",
             "playwright>=1.40",  # drives an installed Chromium in the tests of pages

@@ -2,6 +2,7 @@
 
 from .batch_norms import (
     ANY_DIMENSIONS,
+    TrackingBatchNorm,
     as_maps,
     check_initialized,
     input_dimensions,
@@ -47,6 +48,7 @@ __all__ = [
     "RenormSchedule",
     "Rows",
     "Scope",
+    "TrackingBatchNorm",
     "as_maps",
     "build_partition",
     "check_choice",
