@@ -57,6 +57,12 @@ setup(
     ],
     extras_require={
         "slurm": ["submitit>=1.5"],
+        "docs": [
+            "latex2mathml>=3.77",
+            "mkdocs>=1.6,<2",
+            "mkdocs-material>=9.6,<10",
+            "mkdocstrings-python>=2",
+        ],
         "dev": [
             "pytest>=7",
             "pytest-cov>=6",
