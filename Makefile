@@ -1,6 +1,8 @@
 # make demo   install, train, evaluate and report on the embedded dataset
 # make study  install and run the leakage study on it, with three seeds
 # make test   install and run the tests (DETECTRON2_SRC=<checkout> for those of a Detectron2 checkout)
+# make coverage  the tests, and which lines they run
+# make docs   the documentation as a site, output/site; a broken link or reference fails
 # make campaign  install and try hundreds of wrong inputs, and trainings that are killed and resumed
 
 PYTHON ?= python3
@@ -15,14 +17,14 @@ ifdef DETECTRON2_SRC
 export PYTHONPATH := $(abspath $(DETECTRON2_SRC))$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
 
-.PHONY: install demo study test campaign lint clean
+.PHONY: install demo study test coverage campaign lint docs clean
 
 install: $(STAMP)
 
-$(STAMP): setup.py constraints.txt tools/install_detectron2.py
+$(STAMP): setup.py constraints.txt $(wildcard bn_detection/install_detectron2/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	    --constraint constraints.txt setuptools --editable ".[dev]"
+	    --constraint constraints.txt setuptools --editable ".[dev,docs]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	    --constraint constraints.txt imagecorruptions-imaug
 	$(BIN)/python tools/install_detectron2.py
@@ -38,13 +40,22 @@ study: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
 
+# Not a part of test: before Python 3.14 it costs a fifth of the time.
+coverage: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --cov
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo output/site/index.html
+
 campaign: install
 	PYTHONPATH=tests$(if $(PYTHONPATH),:$(PYTHONPATH)) $(BIN)/python -m campaign
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) output datasets build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) output datasets build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

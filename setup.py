@@ -18,7 +18,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["bn_detection", "bn_detection.*"]),
-    package_data={"bn_detection.page": ["templates/*"]},
+    package_data={
+        "bn_detection.install_detectron2": ["*.patch"],
+        "bn_detection.page": ["templates/*"],
+    },
     python_requires=">=3.10",
     # Detectron2 itself is not on the package index: tools/install_detectron2.py installs it. What
     # it needs at run time is listed here, because that tool installs it without dependencies. So is
@@ -54,11 +57,19 @@ setup(
     ],
     extras_require={
         "slurm": ["submitit>=1.5"],
+        "docs": [
+            "latex2mathml>=3.77",
+            "mkdocs>=1.6,<2",
+            "mkdocs-material>=9.6,<10",
+            "mkdocstrings-python>=2",
+        ],
         "dev": [
             "pytest>=7",
+            "pytest-cov>=6",
             "pytest-timeout>=2.1",
             "pytest-xdist>=3.3",
             "hypothesis>=6.80",
+            "mypy>=1.15",
             "ruff>=0.5",
             "submitit>=1.5",
             "playwright>=1.40",  # drives an installed Chromium in the tests of pages

@@ -123,6 +123,8 @@ def add_bn_detection_config(cfg: CN) -> None:
     cfg.BN.GHOST = CN()
     # RoIs in a random group of "GhostBN", at least 2; a remainder joins the last group.
     cfg.BN.GHOST.SIZE = 32
+    # Options of a registered partition of one's own: [[name, value], ...].
+    cfg.BN.PARTITION_OPTIONS = []
 
     # "BatchRenorm" (Ioffe 2017): r is clipped to [1/R_MAX, R_MAX], d to [-D_MAX, D_MAX].
     cfg.BN.RENORM = CN()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from . import config
 
 _PAGES = {
-    "BN": ("normalization.md", "adding_a_partition.md"),
+    "BN": ("normalization.md", "extending/partition.md"),
     "BN.POPULATION": ("population.md", "recalibration.md"),
     "BN.FREEZE": ("population.md#frozen-endings",),
     "BN.LEVELS": ("levels.md",),

@@ -1,10 +1,11 @@
-"""The installer of tools/install_detectron2.py, and the Detectron2 that is installed.
+"""The installer of Detectron2, and the Detectron2 that is installed.
 
-The second half tests whatever Detectron2 there is: this tool's build, or upstream main, compiled or
-not. What only this tool's build can do is skipped with the others.
+The second half tests whatever Detectron2 there is: the installer's build, or upstream main,
+compiled or not. What only the installer's build can do is skipped with the others.
 """
 
 import copy
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -21,8 +22,8 @@ import detectron2
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-import install_detectron2 as installer
+from bn_detection.install_detectron2 import install as installer
+from bn_detection.install_detectron2 import main, patch, wheel
 
 
 def is_there(module: str) -> bool:
@@ -32,7 +33,7 @@ def is_there(module: str) -> bool:
 COMPILED = is_there("detectron2._C")
 PURE = is_there("detectron2.utils.native")
 
-only_pure = pytest.mark.skipif(not PURE, reason="the installed Detectron2 is not this tool's build")
+only_pure = pytest.mark.skipif(not PURE, reason="the installed Detectron2 is not built here")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -40,54 +41,100 @@ only_pure = pytest.mark.skipif(not PURE, reason="the installed Detectron2 is not
 # ----------------------------------------------------------------------------------------------
 
 
-def edit(**changes) -> installer.Edit:
-    values = dict(name="rename x", file="a.py", old="x", new="y", reason="a test", count=2)
-    return installer.Edit(**{**values, **changes})
+OLD = "".join(f"line {n}\n" for n in range(1, 31))
+NEW = OLD.replace("line 4\n", "").replace("line 20\n", "line 20\n-- 1\n+ 2\n\n")
 
 
-def test_edits_apply(tmp_path):
-    (tmp_path / "a.py").write_text("x = 1\nx += np.int(1.5) + np.int32(2)\n")
-    installer.apply_edits(
-        tmp_path, [edit(), edit(old=r"\bnp\.(int)\b", new=r"\1", count=1, regex=True)]
-    )
-    assert (tmp_path / "a.py").read_text() == "y = 1\ny += int(1.5) + np.int32(2)\n"
+@pytest.fixture
+def tree(tmp_path):
+    """A folder with a file a.py, and git's patch that changes it and adds b.py."""
+    for name, text in {"a": OLD, "b": NEW}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.py").write_text(text)
+    (tmp_path / "b" / "b.py").write_text("x = 1\n")
+    diff = ["git", "diff", "--no-index", "--no-prefix", "a", "b"]
+    text = subprocess.run(diff, cwd=tmp_path, capture_output=True, text=True).stdout
+    lines = (n for n in text.splitlines(True) if not n.startswith(("diff ", "index ", "new file")))
+    return tmp_path / "a", "# It begins.\n\n# For\n# a test.\n" + "".join(lines)
 
 
-@pytest.mark.parametrize("regex", [False, True])
-def test_edit_that_matches_another_number_of_times_stops_the_build(tmp_path, regex):
-    (tmp_path / "a.py").write_text("x = 1\n")
-    with pytest.raises(installer.InstallError) as error:
-        installer.apply_edits(tmp_path, [edit(regex=regex)])
-    message = str(error.value)
-    assert "'rename x'" in message and "a.py" in message
-    assert "2 time(s)" in message and "1 time(s)" in message
-    assert (tmp_path / "a.py").read_text() == "x = 1\n"
+def test_patch_of_git_applies(tree):
+    root, text = tree
+    patches = patch.read_patch(text)
+    assert [(p.file, p.reason, len(p.hunks)) for p in patches] == [
+        ("a.py", "For a test.", 2),
+        ("b.py", "", 1),
+    ]
+    patch.apply_patch(root, patches)
+    assert (root / "a.py").read_text() == NEW
+    assert (root / "b.py").read_text() == "x = 1\n"
 
 
-def test_edit_of_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(installer.InstallError, match=r"'rename x': a\.py is not in the archive"):
-        installer.apply_edits(tmp_path, [edit()])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (OLD.replace("line 18\n", "line  18\n"), r"@@ -18,6 .*line 18 must be .* is 'line  18'"),
+        ("line 0\n" + OLD, r"@@ -18,6 \+17,9 @@: line 18 must be 'line 18', and is 'line 17'"),
+        (OLD[:60], r"@@ -18,6 .*line 18 must be 'line 18', and is not there"),
+    ],
+    ids=["another line", "other line numbers", "too short"],
+)
+def test_hunk_that_does_not_match_stops_the_build(tree, text, message):
+    root, changes = tree
+    (root / "a.py").write_text(text)
+    with pytest.raises(patch.InstallError, match=rf"a\.py, hunk {message}") as error:
+        patch.apply_patch(root, patch.read_patch(changes))
+    assert "Nothing was installed." in str(error.value)
+    assert (root / "a.py").read_text() == text
 
 
-def test_every_edit_has_a_name_of_its_own_and_a_reason():
-    names = [e.name for e in installer.EDITS]
-    assert len(set(names)) == len(names)
-    assert all(e.reason and e.count > 0 and e.old != e.new for e in installer.EDITS)
+def test_patch_of_a_file_that_is_not_there_and_of_a_new_one_that_is(tree):
+    root, text = tree
+    (root / "b.py").touch()
+    with pytest.raises(patch.InstallError, match=r"b\.py, which .* is there already"):
+        patch.apply_patch(root, patch.read_patch(text))
+    (root / "a.py").unlink()
+    with pytest.raises(patch.InstallError, match=r"a\.py, which .* is not in the archive"):
+        patch.apply_patch(root, patch.read_patch(text))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("-line 4\n", r"a\.py, hunk @@ -1,7 \+1,6 @@: it has 6 old and 6 new lines"),
+        ("+x = 1\n", r"b\.py, hunk @@ -0,0 \+1 @@: it has 0 old and 0 new lines"),
+    ],
+)
+def test_patch_with_a_line_too_few(tree, line, message):
+    with pytest.raises(patch.InstallError, match=message):
+        patch.read_patch(tree[1].replace(line, "", 1))
+
+
+def test_patch_with_a_line_too_many(tree):
+    with pytest.raises(patch.InstallError, match=r"no hunk: '\+x = 2'"):
+        patch.read_patch(tree[1] + "+x = 2\n")
+
+
+def test_every_file_of_the_patch_has_a_reason():
+    patches = patch.read_patch(wheel.PATCH.read_text())
+    assert len({p.file for p in patches}) == len(patches) > 30
+    assert all(p.reason and p.hunks for p in patches)
+    assert all(hunk.old != hunk.new for p in patches for hunk in p.hunks)
 
 
 def test_archive_with_another_hash_is_refused(tmp_path, monkeypatch):
     archive = tmp_path / "pb1-detectron2-0.6.tar.gz"
     archive.write_bytes(b"something else")
-    monkeypatch.setattr(installer, "unpack", lambda *_: pytest.fail("unpacked before the check"))
-    with pytest.raises(installer.InstallError) as error:
-        installer.build_wheel(archive, tmp_path)
-    assert str(archive) in str(error.value) and installer.SOURCE_SHA256 in str(error.value)
+    monkeypatch.setattr(wheel, "unpack", lambda *_: pytest.fail("unpacked before the check"))
+    with pytest.raises(patch.InstallError) as error:
+        wheel.build_wheel(archive, tmp_path)
+    assert str(archive) in str(error.value) and wheel.SOURCE_SHA256 in str(error.value)
     assert not list(tmp_path.glob("*.whl"))
 
 
 def test_archive_that_is_not_there(tmp_path):
-    with pytest.raises(installer.InstallError, match=r"no file .*nowhere\.tar\.gz"):
-        installer.build_wheel(tmp_path / "nowhere.tar.gz", tmp_path)
+    with pytest.raises(patch.InstallError, match=r"no file .*nowhere\.tar\.gz"):
+        wheel.build_wheel(tmp_path / "nowhere.tar.gz", tmp_path)
 
 
 def test_pip_is_given_the_hash_before_it_runs_anything(tmp_path, monkeypatch):
@@ -101,9 +148,23 @@ def test_pip_is_given_the_hash_before_it_runs_anything(tmp_path, monkeypatch):
     assert installer.fetch_archive(tmp_path).name == "pb1-detectron2-0.6.tar.gz"
 
 
+SMALL_PATCH = """\
+# The first reason.
+--- a/detectron2/__init__.py
++++ b/detectron2/__init__.py
+@@ -1 +1,2 @@
++edited = 1
+ __version__ = "0.6"
+--- /dev/null
++++ b/detectron2/utils/native.py
+@@ -0,0 +1 @@
++_C = None
+"""
+
+
 @pytest.fixture
 def small_archive(tmp_path, monkeypatch):
-    """A source archive in miniature, with a hash and an edit of its own."""
+    """A source archive in miniature, with a hash and a patch of its own."""
     files = {
         "detectron2/__init__.py": '__version__ = "0.6"\n',
         "detectron2/utils/__init__.py": "",
@@ -119,17 +180,18 @@ def small_archive(tmp_path, monkeypatch):
             entry = tarfile.TarInfo(f"pb1-detectron2-0.6/{name}")
             entry.size = len(text)
             tar.addfile(entry, io.BytesIO(text.encode()))
-    digest = installer.hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setattr(installer, "SOURCE_SHA256", digest)
-    changes = dict(file="detectron2/__init__.py", old="__version__", new="edited = 1\n__version__")
-    monkeypatch.setattr(installer, "EDITS", (edit(count=1, **changes),))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(wheel, "SOURCE_SHA256", digest)
+    changes = tmp_path / "small.patch"
+    changes.write_text(SMALL_PATCH)
+    monkeypatch.setattr(wheel, "PATCH", changes)
     return path
 
 
 def test_wheel_holds_packages_projects_configs_and_license(tmp_path, small_archive):
-    wheel = installer.build_wheel(small_archive, tmp_path / "new" / "folder")
-    assert wheel.name == "detectron2-0.6+pure-py3-none-any.whl"
-    names = set(zipfile.ZipFile(wheel).namelist())
+    built = wheel.build_wheel(small_archive, tmp_path / "new" / "folder")
+    assert built.name == "detectron2-0.6+pure-py3-none-any.whl"
+    names = set(zipfile.ZipFile(built).namelist())
     assert {n for n in names if n.startswith("detectron2/")} == {
         "detectron2/__init__.py",
         "detectron2/utils/__init__.py",
@@ -138,20 +200,27 @@ def test_wheel_holds_packages_projects_configs_and_license(tmp_path, small_archi
         "detectron2/projects/deeplab/__init__.py",
     }
     assert "detectron2-0.6+pure.dist-info/licenses/LICENSE" in names
-    again = installer.build_wheel(small_archive, tmp_path / "again")
-    assert wheel.read_bytes() == again.read_bytes()
+    again = wheel.build_wheel(small_archive, tmp_path / "again")
+    assert built.read_bytes() == again.read_bytes()
 
 
 def test_pip_accepts_the_wheel(tmp_path, small_archive):
-    wheel = installer.build_wheel(small_archive, tmp_path)
+    built = wheel.build_wheel(small_archive, tmp_path)
     target = tmp_path / "site"
     installer._pip(
-        "install", "--no-deps", "--no-index", f"--target={target}", str(wheel), failure="refused"
+        "install", "--no-deps", "--no-index", f"--target={target}", str(built), failure="refused"
     )
     assert "edited = 1" in (target / "detectron2/__init__.py").read_text()
     (distribution,) = importlib.metadata.distributions(path=[str(target)])
     assert distribution.metadata["Name"] == "detectron2" and distribution.version == "0.6+pure"
-    assert "rename x" in distribution.metadata.get_payload()  # what was changed is written down
+    assert "detectron2/__init__.py: The first reason." in distribution.metadata.get_payload()
+
+
+def test_tool_needs_the_standard_library_alone():
+    tool = Path(__file__).parents[1] / "tools" / "install_detectron2.py"
+    command = [sys.executable, "-I", "-S", str(tool), "--help"]  # -S: no site-packages
+    out = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (out.returncode, out.stderr) == (0, "") and "--wheel-dir" in out.stdout
 
 
 def no_building(monkeypatch):
@@ -163,7 +232,7 @@ def no_building(monkeypatch):
 
 def test_installed_detectron2_is_kept(monkeypatch, capsys):
     no_building(monkeypatch)
-    assert installer.main([]) == 0
+    assert main([]) == 0
     location = Path(detectron2.__file__).resolve()
     assert f"Keeping detectron2 {detectron2.__version__}, {location}" in capsys.readouterr().out
 
@@ -177,19 +246,19 @@ def test_installed_detectron2_that_does_not_import_is_not_replaced(monkeypatch, 
     }
     monkeypatch.setattr(installer, "probe_detectron2", lambda: broken)
     monkeypatch.setattr(installer, "missing_requirements", list)
-    assert installer.main([]) == 1
+    assert main([]) == 1
     message = capsys.readouterr().err
     assert "/path/to/detectron2/__init__.py does not import: ImportError: x" in message
     assert "never replaced" in message and "pip uninstall detectron2" in message
 
     monkeypatch.setattr(installer, "missing_requirements", lambda: ["yacs>=0.1.8"])
-    assert installer.main([]) == 1
+    assert main([]) == 1
     assert "-m pip install 'yacs>=0.1.8'" in capsys.readouterr().err
 
 
 def test_wheel_alone_where_detectron2_is_installed(tmp_path, small_archive, capsys):
     arguments = ["--archive", str(small_archive), "--wheel-dir", str(tmp_path / "wheels")]
-    assert installer.main(arguments) == 0
+    assert main(arguments) == 0
     assert "Keeping detectron2" in capsys.readouterr().out
     assert [p.suffix for p in (tmp_path / "wheels").iterdir()] == [".whl"]
 
@@ -206,7 +275,7 @@ def test_wheel_alone_where_detectron2_is_installed(tmp_path, small_archive, caps
 )
 def test_prerequisites(monkeypatch, versions, message):
     monkeypatch.setattr(installer, "installed_version", versions.get)
-    with pytest.raises(installer.InstallError, match=message):
+    with pytest.raises(patch.InstallError, match=message):
         installer.check_prerequisites()
 
 
@@ -278,7 +347,7 @@ def test_packaged_configs():
 @only_pure
 def test_metadata_of_the_installed_build():
     distribution = importlib.metadata.distribution("detectron2")
-    assert distribution.version == installer.WHEEL_VERSION
+    assert distribution.version == wheel.WHEEL_VERSION
     requirements = " ".join(distribution.requires)
     assert "fvcore" in requirements and "iopath" in requirements
     for dropped in ("black", "future", "pydot", "dataclasses"):
@@ -342,7 +411,7 @@ def test_missing_operator_is_named_when_used(operator, use):
         use()
     message = str(error.value)
     assert f"'{operator}'" in message
-    assert "from source" in message and "INSTALL.md" in message and installer.UPSTREAM in message
+    assert "from source" in message and "INSTALL.md" in message and wheel.UPSTREAM in message
 
 
 @only_pure

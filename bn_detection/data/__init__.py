@@ -10,7 +10,13 @@ from .coco_json import (
     read_coco_json,
     register_coco_json,
 )
-from .corruptions import CORRUPTIONS, read_corrupted_name, register_corrupted
+from .corruptions import (
+    CORRUPTIONS,
+    Corruption,
+    read_corrupted_name,
+    register_corrupted,
+    register_corruption,
+)
 from .image_folder import IMAGE_SUFFIXES, register_image_folder
 from .leaky_shapes import (
     LeakyShapesConfig,
@@ -28,6 +34,7 @@ __all__ = [
     "CORRUPTIONS",
     "IMAGE_SUFFIXES",
     "LEAKY_SHAPES",
+    "Corruption",
     "LeakyShapesConfig",
     "ReadableLoader",
     "SinglePassLoader",
@@ -49,6 +56,7 @@ __all__ = [
     "register_builtin",
     "register_coco_json",
     "register_corrupted",
+    "register_corruption",
     "register_datasets",
     "register_image_folder",
     "report_unreadable",

@@ -1,15 +1,18 @@
 """Corrupted datasets: ``name@corruption:severity`` for any registered dataset.
 
-The corruptions are those of COCO-C (Michaelis et al. 2019, arXiv:1907.07484), after Hendrycks &
-Dietterich 2019 (arXiv:1903.12261). Nothing is written: an image is corrupted when it is read, under
-a path ``corrupted://corruption:severity/path``. So every mapper works unchanged.
+Those of COCO-C (Michaelis et al. 2019, arXiv:1907.07484), after Hendrycks & Dietterich 2019
+(arXiv:1903.12261), are registered here. Nothing is written: an image is corrupted when it is read,
+under a path ``corrupted://corruption:severity/path``. So every mapper works unchanged.
 """
 
 from __future__ import annotations
 
 import difflib
 import io
+import re
 import zlib
+from collections.abc import Callable
+from functools import partial
 from typing import IO, Any
 
 import numpy as np
@@ -22,7 +25,17 @@ from ..config import ConfigError
 from .builtin import register_builtin
 from .coco_json import near_names
 
-CORRUPTIONS = (
+Corruption = Callable[[np.ndarray, int, int], np.ndarray]
+"""Takes an image, ``(H, W, 3)`` uint8, RGB, a severity, and a seed of what is random, from 0 to
+2**32 - 1, which is the same each time that the image is read; returns an image of the same shape.
+"""
+
+CORRUPTIONS: dict[str, Corruption] = {}
+"""By name; those of COCO-C come first, in its order."""
+
+SEVERITIES = (1, 2, 3, 4, 5)
+
+_COCO_C = (
     "gaussian_noise",
     "shot_noise",
     "impulse_noise",
@@ -39,13 +52,27 @@ CORRUPTIONS = (
     "pixelate",
     "jpeg_compression",
 )
-"""The kinds, in the order of COCO-C."""
-
-SEVERITIES = (1, 2, 3, 4, 5)
-
 _PREFIX = "corrupted://"
 _HAVE_A_SEED = ("impulse_noise", "glass_blur")  # the others use numpy's global generator
 _SMALLEST_SIDE = 32  # of the images that the library accepts, px
+
+
+def register_corruption(name: str) -> Callable[[Corruption], Corruption]:
+    """Function decorator: make a :data:`Corruption` available under ``name``.
+
+    Raises:
+        ValueError: the name is taken, or cannot be a part of ``name@corruption:severity``.
+    """
+    if not re.fullmatch(r"\w+", name):
+        raise ValueError(f'The corruption "{name}": a name has letters, digits and "_" alone.')
+    if name in CORRUPTIONS:
+        raise ValueError(f'The corruption "{name}" is registered already.')
+
+    def register(corruption: Corruption) -> Corruption:
+        CORRUPTIONS[name] = corruption
+        return corruption
+
+    return register
 
 
 def register_corrupted(name: str) -> None:
@@ -101,7 +128,8 @@ def read_corrupted_name(name: str) -> tuple[str, str]:
         )
     if base.rpartition("@")[2].partition(":")[0] in CORRUPTIONS:
         raise ConfigError(f'{where}: "{base}" is corrupted already; name one corruption.')
-    _library(where)
+    if corruption in _COCO_C:
+        _library(where)
     return base, f"{_PREFIX}{corruption}:{severity}/"
 
 
@@ -120,32 +148,50 @@ def _copy_metadata(base: str, name: str, prefix: str) -> None:
 
 
 def corrupt(image: np.ndarray, corruption: str, severity: int, *, seed: int) -> np.ndarray:
-    """Corrupt an image as COCO-C does.
-
-    Numpy's generator is afterwards as it was.
+    """Corrupt an image.
 
     Args:
-        image: ``(H, W, 3)`` uint8, RGB. Sides below 32 pixels are continued by reflection before,
-            and cut again after.
+        image: ``(H, W, 3)`` uint8, RGB.
         corruption: one of :data:`CORRUPTIONS`.
         severity: one of :data:`SEVERITIES`.
         seed: of what is random in it, from 0 to 2**32 - 1.
 
     Returns:
         ``(H, W, 3)`` uint8.
+
+    Raises:
+        ValueError: the corruption gave something else.
+    """
+    corrupted = CORRUPTIONS[corruption](image, severity, seed)
+    if corrupted.shape != image.shape or corrupted.dtype != np.uint8:
+        raise ValueError(
+            f"The corruption {corruption} made {corrupted.dtype} of shape {corrupted.shape} of an "
+            f"image of shape {image.shape}; it must be uint8 of the same shape."
+        )
+    return corrupted
+
+
+def _of_coco_c(name: str, image: np.ndarray, severity: int, seed: int) -> np.ndarray:
+    """Sides below 32 pixels are continued by reflection before, and cut again after.
+
+    Numpy's generator is afterwards as it was.
     """
     height, width = image.shape[:2]
     missing = [(0, max(_SMALLEST_SIDE - side, 0)) for side in (height, width)]
     image = np.pad(image, (*missing, (0, 0)), mode="symmetric")
-    seeded = {"seed": seed} if corruption in _HAVE_A_SEED else {}
-    library = _library(f"The corruption {corruption}")
+    seeded = {"seed": seed} if name in _HAVE_A_SEED else {}
+    library = _library(f"The corruption {name}")
     state = np.random.get_state()  # noqa: NPY002
     np.random.seed(seed)  # noqa: NPY002
     try:
-        corrupted = library.corrupt(image, severity, corruption, **seeded)
+        corrupted = library.corrupt(image, severity, name, **seeded)
     finally:
         np.random.set_state(state)  # noqa: NPY002
     return corrupted[:height, :width]
+
+
+for _name in _COCO_C:
+    register_corruption(_name)(partial(_of_coco_c, _name))
 
 
 def _library(where: str) -> Any:

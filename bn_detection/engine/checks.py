@@ -189,17 +189,6 @@ def _check_bn(cfg: CfgNode) -> None:
         raise ConfigError(f"BN.EPS {node.EPS}: it must be above 0.")
     _check_choice("BN.SHUFFLE.MODE", node.SHUFFLE.MODE, SHUFFLE_MODES)
     _check_choice("BN.RENORM.PARTITION", node.RENORM.PARTITION, partition_names())
-    try:
-        build_partition("ghost", ghost_size=node.GHOST.SIZE)
-        BNOptions.from_config(cfg)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    _check_population(cfg)
-    _check_levels(cfg)
-    _check_freeze(cfg)
-    for key, minimum in (("PERIOD", 0), ("CHANNELS", 1)):
-        if node.TRACE[key] < minimum:
-            raise ConfigError(f"BN.TRACE.{key} {node.TRACE[key]}: it must be at least {minimum}.")
     for entry in node.CONVERT:
         is_pair = isinstance(entry, list | tuple) and len(entry) == 2
         if not (is_pair and all(isinstance(part, str) for part in entry)):
@@ -208,6 +197,46 @@ def _check_bn(cfg: CfgNode) -> None:
                 '["roi_heads.*", "ShuffleBN"].'
             )
         _check_choice(f"BN.CONVERT {entry}: the norm", entry[1], norm_names())
+    _check_partitions(cfg)
+    _check_population(cfg)
+    _check_levels(cfg)
+    _check_freeze(cfg)
+    for key, minimum in (("PERIOD", 0), ("CHANNELS", 1)):
+        if node.TRACE[key] < minimum:
+            raise ConfigError(f"BN.TRACE.{key} {node.TRACE[key]}: it must be at least {minimum}.")
+
+
+def _check_partitions(cfg: CfgNode) -> None:
+    node = cfg.BN
+    for entry in node.PARTITION_OPTIONS:
+        is_pair = isinstance(entry, list | tuple) and len(entry) == 2
+        if not (is_pair and isinstance(entry[0], str)):
+            raise ConfigError(
+                f'BN.PARTITION_OPTIONS {entry}: each entry is [option, value], such as ["size", 4].'
+            )
+    try:
+        build_partition("ghost", ghost_size=node.GHOST.SIZE)
+        options = BNOptions.from_config(cfg)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    users = set(partition_names()) & set(norm_names())
+    used = {"BN.RENORM.PARTITION": node.RENORM.PARTITION}
+    used |= {f"{key}.NORM": head.NORM for key, head, _ in _heads(cfg)}
+    used |= {"MODEL.RETINANET.NORM": cfg.MODEL.RETINANET.NORM}
+    used |= {f"BN.CONVERT {entry}": entry[1] for entry in node.CONVERT}
+    used = {key: norm for key, norm in used.items() if norm in users}
+    for key, norm in used.items():
+        try:
+            NormFactory(norm, options)
+        except ValueError as error:
+            raise ConfigError(
+                f'BN.PARTITION_OPTIONS {node.PARTITION_OPTIONS}, for {key} "{norm}": {error}'
+            ) from error
+    if node.PARTITION_OPTIONS and not used:
+        raise ConfigError(
+            f"BN.PARTITION_OPTIONS {node.PARTITION_OPTIONS}: no NORM is a registered partition of "
+            f"one's own. Those are: {', '.join(sorted(users)) or 'none'} (--import registers them)."
+        )
 
 
 def _check_population(cfg: CfgNode) -> None:

@@ -5,7 +5,7 @@ from .configure import configure_model
 from .convert import convert_norm, norm_layers, to_plain_batch_norm
 from .dense import BNFCOSHead, BNRetinaNet, BNRetinaNetHead, level_options
 from .norms import SHUFFLE_MODES, BNOptions, NormFactory, norm_names
-from .roi_heads import BNConvDeconvKeypointHead, BNConvFCHead, BNConvUpsampleHead
+from .roi_heads import BNConvDeconvKeypointHead, BNConvFCHead, BNConvUpsampleHead, PartitionedHead
 
 __all__ = [
     "SHUFFLE_MODES",
@@ -17,6 +17,7 @@ __all__ = [
     "BNRetinaNet",
     "BNRetinaNetHead",
     "NormFactory",
+    "PartitionedHead",
     "SmallConvBackbone",
     "SmallPyramidBackbone",
     "configure_model",

@@ -59,7 +59,7 @@ class LevelHead(PartitionedHead):
         options = levels or LevelOptions()
         of_levels = partial(factory.of_levels, num_levels=len(input_shape), options=options)
         super().__init__(input_shape=input_shape, norm=of_levels if factory else "", **kwargs)
-        self._share(factory)
+        self.share(factory)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:

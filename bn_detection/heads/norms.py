@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +58,7 @@ class BNOptions:
             random one that they agree on.
         virtual_workers: total number over all processes; 0 for none.
         ghost_size: RoIs in a group of ``GhostBN``.
+        partition_options: of partitions that users registered.
         renorm: the schedule of ``BatchRenorm``.
         renorm_partition: the partition that ``BatchRenorm`` normalizes.
         kernels: what groups are normalized by, one of :data:`bn_detection.norm.KERNELS`.
@@ -68,6 +70,7 @@ class BNOptions:
     shuffle_seed: int = -1
     virtual_workers: int = 0
     ghost_size: int = 32
+    partition_options: Mapping[str, Any] = field(default_factory=dict)
     renorm: RenormSchedule = field(default_factory=RenormSchedule)
     renorm_partition: str = "worker"
     kernels: str = "auto"
@@ -92,6 +95,7 @@ class BNOptions:
             shuffle_seed=cfg.SEED,
             virtual_workers=cfg.BN.VIRTUAL_WORKERS,
             ghost_size=cfg.BN.GHOST.SIZE,
+            partition_options=dict(cfg.BN.PARTITION_OPTIONS),
             renorm=renorm,
             renorm_partition=node.PARTITION,
             kernels=cfg.BN.KERNELS,
@@ -133,7 +137,10 @@ class NormFactory:
             name = "worker"
             self.shuffle = Scope(plan_exchange, seed=options.shuffle_seed, needs_counts=True)
         self._partition = build_partition(
-            name, virtual_workers=options.virtual_workers, ghost_size=options.ghost_size
+            name,
+            virtual_workers=options.virtual_workers,
+            ghost_size=options.ghost_size,
+            **({} if name in _PARTITIONS.values() else options.partition_options),
         )
         needs_groups = name != "world" and (name != "worker" or options.virtual_workers > 1)
         if needs_groups:

@@ -26,6 +26,9 @@ from .norms import BNOptions, NormFactory
 class PartitionedHead(nn.Module):
     """A head on RoIs whose layers share groups, or that exchanges its RoIs with other workers.
 
+    A head of one's own calls :meth:`share` at the end of ``__init__``, and runs its layers through
+    :meth:`on_groups`.
+
     Attributes:
         bn_scope: what its normalization layers share in a call; None if nothing.
         shuffle: draws the exchange of a call, in ``features`` mode; else None.
@@ -34,13 +37,20 @@ class PartitionedHead(nn.Module):
     bn_scope: Scope[Any] | None
     shuffle: Scope[ExchangePlan | None] | None
 
-    def _share(self, factory: NormFactory) -> None:
+    def share(self, factory: NormFactory) -> None:
+        """Give the layers that ``factory`` made the groups of each forward of this head."""
         self.bn_scope, self.shuffle = factory.scope, factory.shuffle
         for scope in (factory.scope, factory.shuffle):
             if scope is not None:
                 scope.attach(self)
 
-    def _on_groups(self, layers: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def on_groups(self, layers: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """``layers(x)``, on the workers of the RoIs' groups where RoIs are what is shuffled.
+
+        Args:
+            layers: those with the norms, and any others that act on each RoI alone.
+            x: ``(R, ...)``, the RoIs of this worker.
+        """
         if self.shuffle is None or not normalizes_in_training(self):
             return layers(x)
         plan = self.shuffle.get(self, x)
@@ -79,7 +89,7 @@ class BNConvFCHead(FastRCNNConvFCHead, PartitionedHead):
         """
         norm = NormFactory(conv_norm, bn_options)
         super().__init__(input_shape, conv_dims=conv_dims, fc_dims=fc_dims, conv_norm=norm or "")
-        self._share(norm)
+        self.share(norm)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
@@ -88,7 +98,7 @@ class BNConvFCHead(FastRCNNConvFCHead, PartitionedHead):
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x: ``(R, C, H, W)``. Returns ``(R, *output_shape)``."""
-        return self._on_groups(super().forward, x)
+        return self.on_groups(super().forward, x)
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
@@ -129,7 +139,7 @@ class BNConvUpsampleHead(MaskRCNNConvUpsampleHead, PartitionedHead):
             conv_norm=norm or "",
             **kwargs,
         )
-        self._share(norm)
+        self.share(norm)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
@@ -138,7 +148,7 @@ class BNConvUpsampleHead(MaskRCNNConvUpsampleHead, PartitionedHead):
 
     def layers(self, x: Tensor) -> Tensor:
         """Args: x: ``(R, C, H, W)``. Returns mask logits ``(R, num_classes, 2H, 2W)``."""
-        return self._on_groups(super().layers, x)
+        return self.on_groups(super().layers, x)
 
 
 @ROI_KEYPOINT_HEAD_REGISTRY.register()
@@ -179,7 +189,7 @@ class BNConvDeconvKeypointHead(KRCNNConvDeconvUpsampleHead, PartitionedHead):
             conv.norm = get_norm(norm or "", channels)
             if conv.norm is not None:
                 conv.bias = None
-        self._share(norm)
+        self.share(norm)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
@@ -189,4 +199,4 @@ class BNConvDeconvKeypointHead(KRCNNConvDeconvUpsampleHead, PartitionedHead):
 
     def layers(self, x: Tensor) -> Tensor:
         """Args: x: ``(R, C, H, W)``. Returns heatmap logits ``(R, K, 4H, 4W)``."""
-        return self._on_groups(super().layers, x)
+        return self.on_groups(super().layers, x)

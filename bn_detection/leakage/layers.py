@@ -21,10 +21,9 @@ from ..norm import (
     GroupStatistics,
     LevelBatchNorm2d,
     PartitionedBatchNorm2d,
-    build_partition,
     group_statistics,
     is_exact,
-    partition_names,
+    partition_name,
     tracks_statistics,
 )
 from ..population import (
@@ -316,8 +315,7 @@ def _spans_workers(layer: nn.Module) -> bool:
 def _sharing(layer: nn.Module, owner: nn.Module) -> str:
     name = "world" if isinstance(layer, _SYNC) else "worker"
     if isinstance(layer, PartitionedBatchNorm2d):
-        kinds = {type(build_partition(name)): name for name in partition_names()}
-        name = kinds.get(type(layer.partition), type(layer.partition).__name__)
+        name = partition_name(layer.partition)
     each_level = isinstance(owner, CycleBatchNormList) or (
         isinstance(owner, LevelBatchNorm2d) and owner.options.train == "separate"
     )

@@ -2,6 +2,7 @@
 
 from .batch_norms import (
     ANY_DIMENSIONS,
+    TrackingBatchNorm,
     as_maps,
     check_initialized,
     input_dimensions,
@@ -23,6 +24,7 @@ from .partition import (
     build_partition,
     check_choice,
     images_per_virtual_worker,
+    partition_name,
     partition_names,
     register_partition,
     shuffled_groups,
@@ -47,6 +49,7 @@ __all__ = [
     "RenormSchedule",
     "Rows",
     "Scope",
+    "TrackingBatchNorm",
     "as_maps",
     "build_partition",
     "check_choice",
@@ -59,6 +62,7 @@ __all__ = [
     "is_exact",
     "matches",
     "normalizes_in_training",
+    "partition_name",
     "partition_names",
     "partitioned",
     "plan_exchange",

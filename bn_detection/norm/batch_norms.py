@@ -9,12 +9,14 @@ forward of its own (an activation, say) is run as it is.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 _HOOKS = tuple(key for key in vars(nn.Identity()) if "_hook" in key)
+
+M = TypeVar("M", bound=nn.Module)
 
 #: The dimensions of the input of each class; any, where it is not here.
 _DIMENSIONS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
@@ -28,7 +30,15 @@ def register_exact(forward: Callable[..., Any]) -> None:
     _EXACT_FORWARDS.add(forward)
 
 
-def tracks_statistics(layer: nn.Module) -> bool:
+class TrackingBatchNorm(_BatchNorm):
+    """For annotations: a BN layer with running statistics, whatever its class."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+
+def tracks_statistics(layer: nn.Module) -> TypeGuard[TrackingBatchNorm]:
     """Whether a layer is a BN layer with running statistics."""
     return isinstance(layer, _BatchNorm) and layer.track_running_stats
 
@@ -53,8 +63,9 @@ def check_initialized(name: str, layer: nn.Module) -> None:
 
 def input_dimensions(layer: nn.Module) -> tuple[int, ...]:
     """The numbers of dimensions that the input of a BN layer can have."""
-    if hasattr(layer, "dimensions"):
-        return layer.dimensions
+    own: tuple[int, ...] | None = getattr(layer, "dimensions", None)
+    if own is not None:
+        return own
     for cls, dimensions in _DIMENSIONS.items():
         if isinstance(layer, cls):
             return dimensions
@@ -68,7 +79,7 @@ def as_maps(x: Tensor) -> Tensor:
     return x.flatten(2).unsqueeze(3) if x.dim() > 2 else x[:, :, None, None]
 
 
-def take_tensors(layer: nn.Module, source: nn.Module) -> nn.Module:
+def take_tensors(layer: M, source: nn.Module) -> M:
     """Give ``layer`` the very tensors of a BatchNorm, its eps, momentum and mode."""
     # The tensors themselves move, so optimizers and hooks that hold them stay valid.
     layer._parameters.update(source._parameters)
@@ -78,7 +89,7 @@ def take_tensors(layer: nn.Module, source: nn.Module) -> nn.Module:
     return layer.train(source.training)
 
 
-def take_hooks(layer: nn.Module, source: nn.Module) -> nn.Module:
+def take_hooks(layer: M, source: nn.Module) -> M:
     """Give ``layer`` the hooks of the module that it replaces; their handles remove them still."""
     for key in _HOOKS:
         setattr(layer, key, getattr(source, key))

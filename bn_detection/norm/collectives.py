@@ -52,9 +52,12 @@ _groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictio
 def _cpu_group() -> dist.ProcessGroup:
     """The first time, all workers must be here."""
     default = dist.group.WORLD
+    assert default is not None, "a worker has a process group"
     if default not in _groups:
         backend = default._get_backend(default._device_types[0])
-        _groups[default] = dist.new_group(backend="gloo", timeout=backend.options._timeout)
+        group = dist.new_group(backend="gloo", timeout=backend.options._timeout)
+        assert isinstance(group, dist.ProcessGroup), "every worker is in it"
+        _groups[default] = group
     return _groups[default]
 
 
@@ -62,12 +65,13 @@ def _group_for(message: Tensor) -> dist.ProcessGroup | None:
     return None if message.is_cuda else _cpu_group()
 
 
-def wait(work: dist.Work, message: Tensor) -> None:
+def wait(work: dist.Work | None, message: Tensor) -> None:
     """Wait for a collective.
 
     On a CPU, poll for a while first: to wake a thread that sleeps can take ten times as long as a
     small message does.
     """
+    assert work is not None, "every worker is in the group"
     if not message.is_cuda:
         end = time.perf_counter() + _POLL_SECONDS
         while not work.is_completed() and time.perf_counter() < end:

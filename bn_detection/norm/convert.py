@@ -113,8 +113,9 @@ def replace_layers(
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module not in new:
             new[module] = replacement(name, module)
-        if new[module] is not None:
+        other = new[module]
+        if other is not None:
             if not name:
-                return new[module]
-            model.set_submodule(name, new[module])
+                return other
+            model.set_submodule(name, other)
     return model

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from .kernels import choose_kernels
 from .partition import Groups
@@ -103,15 +104,16 @@ def grouped_batch_norm(
     """
     if weight is None:
         weight, bias = torch.ones_like(statistics.mean[0]), torch.zeros_like(statistics.mean[0])
-    return _GroupedBatchNorm.apply(
+    y: Tensor = _GroupedBatchNorm.apply(
         x, weight, bias, statistics, groups, eps, all_reduce, correction or (None, None), kernels
     )
+    return y
 
 
 class _GroupedBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
@@ -136,7 +138,7 @@ class _GroupedBatchNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradients = _gradients(
             grad,
             *ctx.saved_tensors,
@@ -173,7 +175,7 @@ def _gradients(
         sums = scale.new_zeros(groups.number, 2 * x.shape[1])
     grad_sum, product_sum = sums.chunk(2, dim=1)
     product_sum.mul_(invstd)
-    grad_weight = product_sum if r is None else r * product_sum + d * grad_sum
+    grad_weight = product_sum if r is None or d is None else r * product_sum + d * grad_sum
     grad_weight, grad_bias = grad_weight.sum(0), grad_sum.sum(0)
     if not needs_input_grad:
         return None, grad_weight, grad_bias

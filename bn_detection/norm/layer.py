@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batch_norms import (
     ANY_DIMENSIONS,
@@ -80,6 +81,10 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
             shares groups with.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
     def __init__(
         self,
         num_features: int,
@@ -133,7 +138,8 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
         fused = self.partition.is_whole_batch and self.renorm is None and not spans
         if fused and self.observer is None:
             return self._fused(input, weight, bias)
-        return self._grouped(input, weight, bias, fused)
+        y: Tensor = self._grouped(input, weight, bias, fused)
+        return y
 
     def _fused(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         batch_norm = partial(self._batch_norm, x, weight, bias)
@@ -166,7 +172,9 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
         shape, x = x.shape, as_maps(x)
         groups, all_reduce = self.sharing(x)
         statistics = group_statistics(x, groups, all_reduce, kernels=self.kernels)
-        correction = None if self.renorm is None else self._correction(x, statistics)
+        correction = None
+        if self.renorm is not None:
+            correction = self._correction(x, statistics, self.renorm)
         moves = self.observe(statistics)
         if fused and moves:  # the same bits as without an observer
             return self._fused(x, weight, bias).reshape(shape)
@@ -200,7 +208,9 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
         return self.observer is None or bool(self.observer(statistics, self.spans_workers))
 
     @torch.no_grad()
-    def _correction(self, x: Tensor, statistics: GroupStatistics) -> tuple[Tensor, Tensor]:
+    def _correction(
+        self, x: Tensor, statistics: GroupStatistics, renorm: RenormSchedule
+    ) -> tuple[Tensor, Tensor]:
         """r and d, ``(G, C)``: what takes a group's statistics to the running ones, clipped."""
         if in_backward():
             correction = self._corrections.find(x)
@@ -211,7 +221,7 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
                     "more. Run the backward of a step before the next steps begin."
                 )
             return correction
-        r_max, d_max = self.renorm.limits(self.num_batches_tracked)
+        r_max, d_max = renorm.limits(self.num_batches_tracked)
         running_std = (self.running_var.double() + self.eps).sqrt()
         r = (statistics.var + self.eps).sqrt() / running_std
         d = (statistics.mean - self.running_mean.double()) / running_std
@@ -237,7 +247,7 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
     @torch.no_grad()
     def _move(self, mean: Tensor, var: Tensor, where: Tensor) -> None:
         """Move the running statistics of the channels that ``where``, ``(C,)``, is true of."""
-        factor = self.momentum
+        factor: float | Tensor | None = self.momentum
         if factor is None:
             factor = (1 / self.num_batches_tracked.clamp(min=1)).to(self.running_mean.dtype)
         for running, new in ((self.running_mean, mean), (self.running_var, var)):
@@ -254,17 +264,9 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
         factor: float,
     ) -> Tensor:
         # Not F.batch_norm, which refuses one value per channel.
-        return torch.batch_norm(
-            x,
-            weight,
-            bias,
-            mean,
-            var,
-            training,
-            factor,
-            self.eps,
-            torch.backends.cudnn.enabled,
-        )
+        cudnn = torch.backends.cudnn.enabled
+        y: Tensor = torch.batch_norm(x, weight, bias, mean, var, training, factor, self.eps, cudnn)
+        return y
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), type(self.partition).__name__, f"inference={self.inference}"]
@@ -274,7 +276,7 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
 register_exact(PartitionedBatchNorm2d.forward)
 
 
-def partitioned(source: nn.Module, **options: Any) -> PartitionedBatchNorm2d:
+def partitioned(source: _BatchNorm, **options: Any) -> PartitionedBatchNorm2d:
     """A :class:`PartitionedBatchNorm2d` with the tensors, eps, momentum and hooks of a BN layer.
 
     Args:

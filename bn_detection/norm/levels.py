@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -164,16 +164,21 @@ class LevelBatchNorm2d(nn.ModuleList):
         """Whether no item uses its population statistics."""
         training = [layer.training for layer in self]
         return all(training) or (
-            not any(training) and all(layer.inference == "batch" for layer in self)
+            not any(training) and all(layer.inference == "batch" for layer in self._layers)
         )
+
+    @property
+    def _layers(self) -> list[PartitionedBatchNorm2d]:
+        return cast("list[PartitionedBatchNorm2d]", list(self))
 
     def _normalize_together(self, features: list[Tensor]) -> list[Tensor]:
         joined = torch.cat([x.flatten(2) for x in features], dim=2).unsqueeze(3)
         shared_affine = self.options.affine == "shared"
-        affine = (self.weight, self.bias) if shared_affine else (None, None)
-        first = self[0]
-        if len(self) == 1 or not first.training:
-            joined = first(joined, weight=affine[0], bias=affine[1])
+        weight, bias = (self.weight, self.bias) if shared_affine else (None, None)
+        layers = self._layers
+        first = layers[0]
+        if len(layers) == 1 or not first.training:
+            joined = first(joined, weight=weight, bias=bias)
         else:
             # Of rows that are images, so the groups of one level are those of all.
             groups, all_reduce = first.sharing(joined)
@@ -181,7 +186,7 @@ class LevelBatchNorm2d(nn.ModuleList):
             statistics = [
                 group_statistics(x, groups, all_reduce, kernels=kernels) for x in features
             ]
-            moves = [layer.observe(s) for layer, s in zip(self, statistics, strict=True)]
+            moves = [layer.observe(s) for layer, s in zip(layers, statistics, strict=True)]
             if not all(moves):
                 return [
                     grouped_batch_norm(
@@ -198,11 +203,12 @@ class LevelBatchNorm2d(nn.ModuleList):
                         features, statistics, *self._affine(), strict=True
                     )
                 ]
-            for layer, s in zip(self, statistics, strict=True):
+            for layer, s in zip(layers, statistics, strict=True):
                 layer.move_running_statistics(s)
             joined = grouped_batch_norm(
                 joined,
-                *affine,
+                weight,
+                bias,
                 merge_statistics(statistics),
                 groups,
                 first.eps,

@@ -8,14 +8,16 @@ workers. A new one is a subclass with one method, registered under a name::
         def groups(self, rows: Rows) -> Groups:
             return Groups(torch.arange(rows.count, device=rows.device) % 2, 2)
 
-The name is then a value of ``partition=``, and of ``NORM`` and ``BN.CONVERT`` in configs.
+The name is then a value of ``partition=``, and of ``NORM`` and ``BN.CONVERT`` in configs. Arguments
+of ``__init__`` are its options, which ``BN.PARTITION_OPTIONS`` sets.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -99,22 +101,40 @@ def partition_names() -> tuple[str, ...]:
     return tuple(_REGISTRY)
 
 
-def build_partition(name: str, *, virtual_workers: int = 0, ghost_size: int = 32) -> Partition:
+def partition_name(partition: Partition) -> str:
+    """The name that its class is registered under, or that of the class."""
+    names = {cls: name for name, cls in _REGISTRY.items()}
+    return names.get(type(partition), type(partition).__name__)
+
+
+def build_partition(
+    name: str, *, virtual_workers: int = 0, ghost_size: int = 32, **options: Any
+) -> Partition:
     """The partition registered under ``name``.
 
     Args:
         name: one of :func:`partition_names`.
-        virtual_workers: of ``worker`` and ``shuffle``: see :class:`WorkerPartition`.
-        ghost_size: of ``ghost``: rows in a group.
+        virtual_workers: total number over all processes; passed to a class that takes it, as
+            ``worker`` and ``shuffle`` do.
+        ghost_size: rows in a group; passed to a class that takes it, as ``ghost`` does.
+        options: further arguments of the class.
 
     Raises:
-        ValueError: for an unknown name, or a size that cannot be.
+        ValueError: for an unknown name, options that the class does not take or misses, or a size
+            that cannot be.
     """
     check_choice("partition", name, partition_names())
     cls = _REGISTRY[name]
-    if issubclass(cls, WorkerPartition | ShufflePartition):
-        return cls(virtual_workers)
-    return cls(ghost_size) if issubclass(cls, GhostPartition) else cls()
+    signature = inspect.signature(cls)
+    for key, value in (("virtual_workers", virtual_workers), ("ghost_size", ghost_size)):
+        if key in signature.parameters:
+            options[key] = value
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        taken = ", ".join(f'"{option}"' for option in signature.parameters) or "none"
+        raise ValueError(f'The partition "{name}": {error}. Its options: {taken}.') from error
+    return cls(**options)
 
 
 def check_choice(what: str, value: str, choices: tuple[str, ...]) -> str:
@@ -196,18 +216,18 @@ class GhostPartition(Partition):
     of neighbours would be foreground alone, or background alone.
 
     Args:
-        size: rows in a group, at least 2.
+        ghost_size: rows in a group, at least 2.
 
     Raises:
         ValueError: the size is below 2.
     """
 
-    def __init__(self, size: int) -> None:
-        if size < 2:
+    def __init__(self, ghost_size: int) -> None:
+        if ghost_size < 2:
             raise ValueError(
-                f"BN.GHOST.SIZE {size}: a group needs at least 2 rows to have a variance."
+                f"BN.GHOST.SIZE {ghost_size}: a group needs at least 2 rows to have a variance."
             )
-        self.size = size
+        self.size = ghost_size
 
     def groups(self, rows: Rows) -> Groups:
         number = max(rows.count // self.size, 1)

@@ -7,6 +7,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -65,7 +66,7 @@ def in_backward() -> bool:
 
 def _in_checkpoint() -> bool:
     """Whether activation checkpointing calls this function in a backward."""
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         code = frame.f_code
         if code.co_filename == checkpoint.__file__ and code.co_name in _RECOMPUTE:
@@ -121,20 +122,19 @@ class Rows:
             self._scope.own_seed = _draw_seed()
         return zlib.crc32(f"{self._scope.own_seed}/{self._key}/{self.rank}".encode())
 
-    def begin_all_counts(self) -> None:
+    def begin_all_counts(self) -> Callable[[], list[list[int]]]:
         """Begin the collective of :meth:`all_counts`, to do something else meanwhile."""
         seed = self._scope.seed if self._scope.seed >= 0 else _draw_seed()
         if self.world_size > 1:
             self._gather = self.collectives.all_gather((self.count, seed))
         else:
             self._gather = lambda: [[self.count, seed]]
+        return self._gather
 
     def all_counts(self) -> list[int]:
         """Number of rows of every worker, by rank: one collective, so every worker must ask."""
         if self._counts is None:
-            if self._gather is None:
-                self.begin_all_counts()
-            gathered = self._gather()
+            gathered = (self._gather or self.begin_all_counts())()
             self._counts = [count for count, _ in gathered]
             if self._scope.seed < 0:
                 self._scope.seed = gathered[0][1]
@@ -220,7 +220,8 @@ class Forwards(Generic[T]):
 
 def _probe(x: Tensor) -> Tensor:
     """One value of each row."""
-    return x.detach()[(slice(None), *(0,) * (x.dim() - 1))]
+    first: tuple[slice | int, ...] = (slice(None), *(0,) * (x.dim() - 1))
+    return x.detach()[first]
 
 
 class _Call(Generic[T]):
@@ -229,6 +230,11 @@ class _Call(Generic[T]):
         self.number = number
         self.rows: Rows | None = None
         self.value: T | None = None
+
+    def rows_for(self, x: Tensor, scope: Scope[T]) -> Rows:
+        if self.rows is None:
+            self.rows = Rows(x, scope, self.iteration, self.number)
+        return self.rows
 
 
 class Scope(Generic[T]):
@@ -261,7 +267,7 @@ class Scope(Generic[T]):
         self.rows_are_images = rows_are_images
         self.rename("")
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._forwards: dict[int, Forwards[_Call[T]]] = {}
+        self._forwards: dict[int, Forwards[tuple[int, T]]] = {}
         self._open: _Call[T] | None = None
         self._iteration: int | None = None
         self._calls_in_iteration = 0
@@ -307,27 +313,27 @@ class Scope(Generic[T]):
                     f'"{self.name}.*" in place of "{self.name}".'
                 )
             call = self._begin(layer)
-        if call.value is None:
-            if call.rows is None:
-                call.rows = Rows(x, self, call.iteration, call.number)
-            call.value = self.make(call.rows)
-        if call.rows.count != x.shape[0]:
+        rows = call.rows_for(x, self)
+        value = call.value
+        if value is None:
+            value = call.value = self.make(rows)
+        if rows.count != x.shape[0]:
             raise RuntimeError(
                 f"{_describe(layer)} has {x.shape[0]} rows, and {self.owner} or its layers before "
-                f"it {call.rows.count}: they cannot share groups. Convert the modules that work on "
+                f"it {rows.count}: they cannot share groups. Convert the modules that work on "
                 "other rows by names of their own, such as "
                 '[["roi_heads.box_head", "ShuffleBN"], ["roi_heads.mask_head", "ShuffleBN"]]; '
                 f"where {self.owner} works on parts of its rows, those below it: with the pattern "
                 f'"{self.name}.*" in place of "{self.name}".'
             )
-        self._forwards.setdefault(id(layer), Forwards()).keep(x, call)
-        return call.value
+        self._forwards.setdefault(id(layer), Forwards()).keep(x, (call.iteration, value))
+        return value
 
     def _recomputed(self, layer: nn.Module, x: Tensor) -> T:
         now = _clock()
-        call = self._forwards.get(id(layer), Forwards()).find(x)
-        if call is not None and now in (None, call.iteration):
-            return call.value
+        found = self._forwards.get(id(layer), Forwards()).find(x)
+        if found is not None and now in (None, found[0]):
+            return found[1]
         raise RuntimeError(
             f"{_describe(layer)} is computed again in the backward (activation checkpointing), but "
             f"the groups of its forward are those of another step. Run the backward of a step "
@@ -340,7 +346,7 @@ class Scope(Generic[T]):
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._open is not None:
-            self._close_call()
+            self._close_call(self._open)
 
     @torch.compiler.disable
     def _open_call(self, module: nn.Module, args: Any) -> None:
@@ -350,13 +356,12 @@ class Scope(Generic[T]):
         call = self._open = self._begin(module)
         # Input of other dimensions has other rows than the layers get.
         if self.needs_counts and args and isinstance(args[0], Tensor) and args[0].dim() == 4:
-            call.rows = Rows(args[0], self, call.iteration, call.number)
-            call.rows.begin_all_counts()
+            call.rows_for(args[0], self).begin_all_counts()
 
     @torch.compiler.disable
-    def _close_call(self) -> None:
+    def _close_call(self, call: _Call[T]) -> None:
         global _rows_per_image
-        if self._open.rows is not None and self._open.rows.asked_for_images:
+        if call.rows is not None and call.rows.asked_for_images:
             _rows_per_image = None  # of another head, or step, from now on
         self._open = None
 

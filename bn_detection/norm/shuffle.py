@@ -8,10 +8,11 @@ change worker.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from .collectives import Collectives
 from .partition import shuffled_groups
@@ -65,7 +66,8 @@ def exchange(x: Tensor, plan: ExchangePlan) -> Tensor:
     Returns:
         ``(sum(plan.receive), ...)``, the rows of this worker's group, ordered by origin.
     """
-    return _Exchange.apply(x, plan)
+    received: Tensor = _Exchange.apply(x, plan)
+    return received
 
 
 def restore(x: Tensor, plan: ExchangePlan) -> Tensor:
@@ -78,7 +80,8 @@ def restore(x: Tensor, plan: ExchangePlan) -> Tensor:
     Returns:
         ``(n, ...)``, in the order in which the rows were given to :func:`exchange`.
     """
-    return _Restore.apply(x, plan)
+    returned: Tensor = _Restore.apply(x, plan)
+    return returned
 
 
 def _send_out(x: Tensor, plan: ExchangePlan) -> Tensor:
@@ -94,23 +97,23 @@ def _bring_back(x: Tensor, plan: ExchangePlan) -> Tensor:
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, plan: ExchangePlan) -> Tensor:
+    def forward(ctx: Any, x: Tensor, plan: ExchangePlan) -> Tensor:
         ctx.plan = plan
         return _send_out(x, plan)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _bring_back(grad, ctx.plan), None
 
 
 class _Restore(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, plan: ExchangePlan) -> Tensor:
+    def forward(ctx: Any, x: Tensor, plan: ExchangePlan) -> Tensor:
         ctx.plan = plan
         return _bring_back(x, plan)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _send_out(grad, ctx.plan), None

@@ -34,7 +34,7 @@ class Arriving:
 
     def has_arrived(self) -> bool:
         """Whether :meth:`item` need not wait."""
-        return self._event.query()
+        return bool(self._event.query())
 
     def item(self) -> float:
         """The number; waits for it."""

@@ -8,7 +8,13 @@ from .collect import (
     batch_norms_in_training,
     collect_statistics,
 )
-from .estimators import ESTIMATORS, PopulationStatistics
+from .estimators import (
+    ESTIMATORS,
+    Estimator,
+    PopulationStatistics,
+    register_estimator,
+    standard_error,
+)
 from .freeze import AFFINE, FreezeStatistics
 from .hook import PreciseStatistics, estimate_statistics
 from .layers import describe_batch_norms
@@ -20,6 +26,7 @@ __all__ = [
     "ESTIMATORS",
     "ROIS",
     "AverageStatistics",
+    "Estimator",
     "FreezeStatistics",
     "PopulationStatistics",
     "PreciseStatistics",
@@ -33,6 +40,8 @@ __all__ = [
     "describe_batch_norms",
     "estimate_statistics",
     "read_trace",
+    "register_estimator",
+    "standard_error",
     "statistics_change",
     "untouched",
 ]

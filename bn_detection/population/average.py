@@ -7,7 +7,8 @@ import torch.distributed as dist
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..norm import tracks_statistics
 
 
 @torch.no_grad()
@@ -23,7 +24,7 @@ def average_running_statistics(model: nn.Module) -> None:
     """
     if comm.get_world_size() == 1:
         return
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    layers = [module for module in model.modules() if tracks_statistics(module)]
     if not layers:
         return
     parts = []

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..norm import TrackingBatchNorm
 from .estimators import PopulationStatistics
 
 
@@ -48,7 +49,7 @@ class StatisticsChange:
 
 
 @torch.no_grad()
-def statistics_change(layer: nn.Module, new: PopulationStatistics) -> StatisticsChange:
+def statistics_change(layer: TrackingBatchNorm, new: PopulationStatistics) -> StatisticsChange:
     """Compare new statistics with those that a layer has.
 
     Args:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from ..norm import (
     GroupStatistics,
     PartitionedBatchNorm2d,
     Scope,
+    TrackingBatchNorm,
     as_maps,
     check_choice,
     check_initialized,
@@ -164,12 +165,14 @@ def apply_statistics(model: nn.Module, statistics: dict[str, PopulationStatistic
         if estimate.count < 2:
             logger.warning("%s saw %d values and keeps its statistics.", name, estimate.count)
             continue
-        layer = model.get_submodule(name)
+        layer = cast(TrackingBatchNorm, model.get_submodule(name))
         layer.running_mean.copy_(estimate.mean)
         layer.running_var.copy_(estimate.var)
 
 
-def batch_norms_in_training(model: nn.Module, modules: Sequence[str]) -> dict[str, nn.Module]:
+def batch_norms_in_training(
+    model: nn.Module, modules: Sequence[str]
+) -> dict[str, TrackingBatchNorm]:
     """The BN layers that are in training mode and track statistics, by name."""
     return {
         name: module
@@ -191,7 +194,7 @@ def all_reduce_of_stock(layer: nn.Module, owner: str) -> Callable[[Tensor], Tens
 
 @contextmanager
 def _without_heads(
-    model: nn.Module, layers: dict[str, nn.Module], whole_forwards: bool
+    model: nn.Module, layers: Mapping[str, nn.Module], whole_forwards: bool
 ) -> Iterator[None]:
     """Leave out heads after the box head whose layers do not take part."""
     wanted = set(layers.values())
@@ -248,7 +251,7 @@ class _Used(NamedTuple):
 class _Collector:
     def __init__(
         self,
-        layers: dict[str, nn.Module],
+        layers: dict[str, TrackingBatchNorm],
         estimator: Estimator,
         num_batches: int,
         forward: Callable[[nn.Module, Any], Any],
@@ -287,7 +290,8 @@ class _Collector:
                 all_reduce = all_reduce_of_stock(layer, name)
                 if is_exact(layer):
                     replaced.append(layer)
-                    layer.forward = partial(_observed_forward, layer, observe, all_reduce)
+                    forward = partial(_observed_forward, layer, observe, all_reduce)
+                    vars(layer)["forward"] = forward
                 else:
                     hook = partial(_observe_input, observe=observe, all_reduce=all_reduce)
                     handles.append(layer.register_forward_pre_hook(hook))
@@ -295,8 +299,8 @@ class _Collector:
         finally:
             for layer, observer in previous.items():
                 layer.observer = observer
-            for layer in replaced:
-                del layer.forward
+            for stock in replaced:
+                del vars(stock)["forward"]
             for handle in handles:
                 handle.remove()
 
@@ -389,7 +393,7 @@ class _Collector:
 
 
 def _observed_forward(
-    layer: nn.Module,
+    layer: TrackingBatchNorm,
     observe: Callable[[GroupStatistics, bool], None],
     all_reduce: Callable[[Tensor], Tensor] | None,
     input: Tensor,

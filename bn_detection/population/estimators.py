@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -63,6 +64,29 @@ class Estimator(Protocol):
         """
 
 
+ESTIMATORS: dict[str, Estimator] = {}
+"""By the name that ``BN.POPULATION.ESTIMATOR`` has for it."""
+
+E = TypeVar("E", bound=type[Estimator])
+
+
+def register_estimator(name: str) -> Callable[[E], E]:
+    """Class decorator: make an :class:`Estimator` available under ``name``.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def register(cls: E) -> E:
+        if name in (*ESTIMATORS, "ema", "fvcore"):
+            raise ValueError(f'The estimator "{name}" is registered already.')
+        ESTIMATORS[name] = cls()
+        return cls
+
+    return register
+
+
+@register_estimator("pooled")
 class Pooled:
     """Mean and unbiased variance of all values together (Chan et al. 1979).
 
@@ -89,9 +113,16 @@ class Pooled:
         var = all_deviations / (total - 1).clamp(min=1)
         spread = deviations / count.clamp(min=1) + (mean - pooled).square()
         biased = all_deviations / total.clamp(min=1)
-        return pooled, var, _error(mean, pooled, count), _error(spread, biased, count), total
+        return (
+            pooled,
+            var,
+            standard_error(mean, pooled, count),
+            standard_error(spread, biased, count),
+            total,
+        )
 
 
+@register_estimator("mean_of_variances")
 class MeanOfVariances:
     """Averages of the groups' means and unbiased variances, each group alike.
 
@@ -116,17 +147,22 @@ class MeanOfVariances:
         count, number, *of_all = self.merge(parts)
         means, variances = (values / groups.clamp(min=1) for values in of_parts)
         mean, var = (values / number.clamp(min=1) for values in of_all)
-        errors = _error(means, mean, groups), _error(variances, var, groups)
+        errors = standard_error(means, mean, groups), standard_error(variances, var, groups)
         # Groups of one value have no variance, and a layer of such groups alone no estimate.
         return mean, var, *errors, torch.where(number > 0, count, 0)
 
 
-ESTIMATORS: dict[str, Estimator] = {"pooled": Pooled(), "mean_of_variances": MeanOfVariances()}
-"""By the name that ``BN.POPULATION.ESTIMATOR`` has for it."""
+def standard_error(values: Tensor, mean: Tensor, weight: Tensor) -> Tensor:
+    """Standard error of a weighted mean, from the parts that it is the mean of.
 
+    Args:
+        values: ``(P, C)``, of each part.
+        mean: ``(C,)``, theirs.
+        weight: ``(P, C)``, of each part; parts of weight 0 do not count.
 
-def _error(values: Tensor, mean: Tensor, weight: Tensor) -> Tensor:
-    """Standard error of the weighted mean of the parts' values."""
+    Returns:
+        ``(C,)``; nan where fewer than two parts count.
+    """
     number = (weight > 0).sum(0)
     share = weight / weight.sum(0).clamp(min=1)
     squares = (share * (values - mean)).square().sum(0)

@@ -20,6 +20,7 @@ from ..norm import (
     Groups,
     GroupStatistics,
     PartitionedBatchNorm2d,
+    TrackingBatchNorm,
     group_statistics,
 )
 from .collect import all_reduce_of_stock, batch_norms_in_training
@@ -134,14 +135,14 @@ class TraceStatistics(HookBase):
             self._record(iteration, traced, names, torch.cat(columns, dim=1).tolist())
 
     def _is_due(self) -> bool:
-        return (self.trainer.iter + 1) % self._period == 0
+        return bool((self.trainer.iter + 1) % self._period == 0)
 
     def _observe(self, name: str, statistics: GroupStatistics, spans_workers: bool) -> bool:
         self._batch.setdefault(name, statistics)
         return True
 
     @torch.no_grad()
-    def _observed(self, name: str, layer: nn.Module) -> Tensor:
+    def _observed(self, name: str, layer: TrackingBatchNorm) -> Tensor:
         """``(4, channels)`` float64: the statistics of :data:`_OBSERVED`."""
         channels = self._channels[name]
         ema = torch.stack([layer.running_mean, layer.running_var]).double()[:, channels]

@@ -51,7 +51,8 @@ class TorchKernels:
     ) -> Tensor:
         parameters = [t.to(accumulation_dtype(x)) for t in (mean, scale, shift)]
         if self._use_batch_norm(x, groups):
-            return _batch_norm(x, *parameters, groups)
+            mean, scale, shift = parameters
+            return _batch_norm(x, mean, scale, shift, groups)
         out = torch.empty_like(x)
         for rows in self._chunks(x):
             mean, scale, shift = (_of_rows(t, groups, rows) for t in parameters)

@@ -261,7 +261,7 @@ class TritonKernels:
     def _sums(self, x: Tensor, groups: Groups, grad: Tensor | None, mean: Tensor | None) -> Tensor:
         gradient = grad is not None
         x = _with_positions(x)
-        grad = _with_positions(grad) if gradient else x
+        grad = x if grad is None else _with_positions(grad)
         number, channels, positions = len(x), x.shape[1], x.shape[2] * x.shape[3]
         block_c, block_p = _blocks(x)
         blocks = triton.cdiv(channels, block_c)
@@ -274,7 +274,7 @@ class TritonKernels:
         sums = x.new_empty(len(chunks.group), parts, 2, channels, dtype=torch.float64)
         offset = 0 if gradient else 1
         out = x.new_empty(groups.number, offset + 2 * channels, dtype=torch.float64)
-        mean = mean.to(accumulation_dtype(x)).contiguous() if gradient else sums
+        mean = sums if mean is None else mean.to(accumulation_dtype(x)).contiguous()
         _launch(
             _sums_kernel,
             (len(chunks.group), blocks, parts),
@@ -328,8 +328,8 @@ class TritonKernels:
         gradient = grad is not None
         x = _with_positions(x)
         out = torch.empty_like(x)
-        grad = _with_positions(grad) if gradient else x
-        scale = scale if gradient else slope
+        grad = x if grad is None else _with_positions(grad)
+        scale = slope if scale is None else scale
         acc = accumulation_dtype(x)
         channels, positions = x.shape[1], x.shape[2] * x.shape[3]
         block_c, block_p = _blocks(x)
@@ -357,7 +357,7 @@ class TritonKernels:
     def _cut(self, groups: Groups, x: Tensor, rows: int) -> _Chunks:
         if groups.ids is None:
             return _cut(groups, len(x), x.device, rows)
-        known = self._chunks.setdefault(groups.ids, {})
+        known: dict[int, _Chunks] = self._chunks.setdefault(groups.ids, {})
         if rows not in known:
             known[rows] = _cut(groups, len(x), x.device, rows)
         return known[rows]

@@ -1,0 +1,61 @@
+"""What the site has from outside docs/ (README, examples), and what GitHub's Markdown has."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
+EXAMPLES = {f"examples/{p.name}": f"examples/{p.stem}.md" for p in (ROOT / "examples").glob("*.py")}
+
+LINK = re.compile(r"\[([^\[\]]*)\]\(([^)\s:#]+)((?:#[\w-]*)?)\)")
+FORMULA = re.compile(r"^```math\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+MATH = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.+?)\\[)\]]</\1>', re.DOTALL)
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add pages for files outside docs/."""
+    for source, page in PAGES.items():
+        text = _site_links((ROOT / source).read_text(), ".", ".")
+        files.append(File.generated(config, page, content=text))
+    for source, page in EXAMPLES.items():
+        text = f"# {source}\n\n```python\n{(ROOT / source).read_text()}```\n"
+        files.append(File.generated(config, page, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Links to files outside docs/ lead to their pages, and pages are named by their titles."""
+    if page.file.generated_by is None:
+        folder = posixpath.dirname(page.file.src_uri)
+        markdown = _site_links(markdown, posixpath.join("docs", folder), folder)
+    return FORMULA.sub(r"$$\n\1$$", markdown)
+
+
+def _site_links(text: str, folder: str, page_folder: str) -> str:
+    """Links between files of ``folder`` as those of a page in ``page_folder`` of the site."""
+
+    def link(match: re.Match[str]) -> str:
+        shown, target, anchor = match.groups()
+        path = posixpath.normpath(posixpath.join(folder, target))
+        if shown.endswith(".md"):
+            shown = re.search(r"^# (.+)$", (ROOT / path).read_text(), re.MULTILINE)[1]
+        page = {**PAGES, **EXAMPLES}.get(path) or path.removeprefix("docs/")
+        return f"[{shown}]({posixpath.relpath(page, page_folder or '.')}{anchor})"
+
+    return LINK.sub(link, text)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Formulas as MathML, which browsers show without a script."""
+    return MATH.sub(lambda m: convert(m[3], display="inline" if m[2] == "(" else "block"), html)
