@@ -3,6 +3,7 @@
 # make test   install and run the tests (DETECTRON2_SRC=<checkout> for those of a Detectron2 checkout)
 # make coverage  the tests, and which lines they run
 # make docs   the documentation as a site, output/site; a broken link or reference fails
+# make dist   install and build the sdist and the wheel, into dist/
 # make campaign  install and try hundreds of wrong inputs, and trainings that are killed and resumed
 
 PYTHON ?= python3
@@ -17,24 +18,32 @@ ifdef DETECTRON2_SRC
 export PYTHONPATH := $(abspath $(DETECTRON2_SRC))$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
 
-.PHONY: install demo study test coverage campaign lint docs clean
+.PHONY: install demo study dist test coverage campaign lint docs clean
 
 install: $(STAMP)
 
-$(STAMP): setup.py constraints.txt $(wildcard bn_detection/install_detectron2/*.*)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+# A python3 without ensurepip leaves an environment without pip, which is made anew.
+$(STAMP): pyproject.toml constraints.txt $(wildcard bn_detection/install_detectron2/*.*)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || { \
+	    echo "error: $(PYTHON) has no venv with pip. On Debian and Ubuntu: apt install" \
+	    "$$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')" >&2; \
+	    exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	    --constraint constraints.txt setuptools --editable ".[dev,docs]"
+	    --constraint constraints.txt --editable ".[dev]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	    --constraint constraints.txt imagecorruptions-imaug
-	$(BIN)/python tools/install_detectron2.py
+	$(BIN)/bn-detection install-detectron2
 	touch $@
 
 demo: install
-	$(BIN)/python tools/demo.py --output-dir $(DEMO_DIR)
+	$(BIN)/bn-detection demo --output-dir $(DEMO_DIR)
 
 study: install
-	$(BIN)/python tools/study.py configs/studies/leakage.yaml --jobs 2
+	$(BIN)/bn-detection study studies/leakage.yaml --jobs 2
+
+# An sdist and, out of it, a wheel, into dist/.
+dist: install
+	$(BIN)/python -m build --no-isolation
 
 # A file of tests is run by one process, so that what its tests share is made once.
 test: install
@@ -57,5 +66,5 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) output datasets build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) output datasets build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

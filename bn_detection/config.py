@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from detectron2.config import CfgNode as CN
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
 
 
 class ConfigError(ValueError):
@@ -19,12 +22,15 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def add_bn_detection_config(cfg: CN) -> None:
+def add_bn_detection_config(cfg: CfgNode) -> None:
     """Add every key of this project to a Detectron2 config, in place.
 
     Args:
         cfg: a node from :func:`detectron2.config.get_cfg`.
     """
+    # Here, so that a ConfigError can be told apart before anything is imported.
+    from detectron2.config import CfgNode as CN
+
     cfg.BN = CN()
     # Globs over module names: the layers that the inference, population and freezing keys act on.
     cfg.BN.MODULES = ["roi_heads.*", "head.*"]
@@ -104,7 +110,7 @@ def add_bn_detection_config(cfg: CN) -> None:
     # Channels of each layer, evenly spaced.
     cfg.BN.TRACE.CHANNELS = 2
 
-    # The leakage probe: tools/probe.py, tools/diagnose.py and the evaluations of studies.
+    # The leakage probe: bn-detection probe and diagnose, and the evaluations of studies.
     cfg.BN.LEAKAGE = CN()
     # Images of DATASETS.TEST that it uses, evenly spaced; 0 for all.
     cfg.BN.LEAKAGE.NUM_IMAGES = 0

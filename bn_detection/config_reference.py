@@ -40,7 +40,7 @@ In a YAML file the parts of a name are nested; on the command line they are join
       POPULATION:
         ESTIMATOR: "pooled"
 
-    python tools/train_net.py --config-file configs/mask_rcnn_bn.yaml BN.POPULATION.ESTIMATOR pooled
+    bn-detection train --config-file mask_rcnn_bn.yaml BN.POPULATION.ESTIMATOR pooled
 
 A value that cannot be is refused before the first iteration, by a message that says what can be.
 

@@ -262,8 +262,10 @@ def test_a_missing_library_is_an_error_with_the_command(shapes, monkeypatch):
         return real_import(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ConfigError, match=r"pip install --no-deps imagecorruptions-imaug"):
+    with pytest.raises(ConfigError, match=r"pip install --no-deps imagecorruptions-imaug") as error:
         register_corrupted("shapes@fog:3")
+    assert 'pip install "bn_detection[corruptions]"' in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def make_cfg(tmp_path, train=(), test=()):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,11 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from PIL import Image
-from test_train_net import QUICKSTART, ROOT, overrides, parse
+from test_train_net import QUICKSTART, overrides, parse
+from tooling import run_tool
 from torch import Tensor, nn
 
-from bn_detection import ConfigError
+from bn_detection import ConfigError, cli
 from bn_detection.data import SinglePassLoader, make_leaky_shapes
 from bn_detection.engine import check_config, diagnose, load_config, preflight_diagnosis
 from bn_detection.engine.setup import register_datasets
@@ -490,14 +489,9 @@ def tool(
     config_file: Any = CONFIG,
 ) -> int:
     """What the tool does; its exit status, unless it raises."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        from diagnose import parse as parse_tool
-    finally:
-        sys.path.pop(0)
     opts = overrides(data, output, "MODEL.WEIGHTS", data / "weights.pth", *more)
     flags = ("--config-file", config_file, "--output-dir", output, "--images", IMAGES, *flags)
-    args = parse_tool([*map(str, flags), *opts])
+    args = cli.parse(["diagnose", *map(str, flags), *opts])
     preflight_diagnosis(args)
     return diagnose(args)
 
@@ -620,12 +614,10 @@ def test_weights_of_another_model_and_missing_datasets_are_refused(
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.timeout(120)
 def test_an_error_is_no_finding() -> None:
-    command = [sys.executable, str(ROOT / "tools" / "diagnose.py"), "--config-file", "nowhere.yaml"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 2
-    assert "error: --config-file nowhere.yaml" in done.stderr
+    ended = run_tool("diagnose", "--config-file", "nowhere.yaml")
+    assert ended.status == 2
+    assert "error: --config-file nowhere.yaml" in ended.error
 
 
 @pytest.mark.timeout(200)

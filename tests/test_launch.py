@@ -14,10 +14,10 @@ from detectron2.utils import comm
 from distributed import run_workers
 
 from bn_detection.config import ConfigError
+from bn_detection.engine import argument_parser
 from bn_detection.engine.launch import (
     WorkerError,
     _describe_exit,
-    argument_parser,
     launch,
     run,
 )

@@ -3,14 +3,13 @@ import hashlib
 import json
 import multiprocessing
 import os
-import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
+from tooling import run_tool
 
 from bn_detection.config import ConfigError
 from bn_detection.data import (
@@ -20,7 +19,6 @@ from bn_detection.data import (
     make_leaky_shapes,
 )
 
-TOOL = Path(__file__).resolve().parents[1] / "tools/make_leaky_shapes.py"
 QUIET = dict(pixel_noise=0.0, background_std=0.0, object_std=0.0)
 
 
@@ -311,12 +309,11 @@ def test_several_processes_can_make_the_same_dataset(tmp_path):
 
 
 def test_the_tool_makes_both_splits_and_names_what_is_wrong(tmp_path, capsys):
-    main = runpy.run_path(str(TOOL))["main"]
-    arguments = [str(tmp_path / "data"), "--num-images", "3", "2"]
-    assert main([*arguments, "--object-size", "20", "30", "--class-step", "11"]) == 0
+    arguments = ("make_leaky_shapes", tmp_path / "data", "--num-images", "3", "2")
+    assert run_tool(*arguments, "--object-size", "20", "30", "--class-step", "11").status == 0
     assert "at most 33.2%" in capsys.readouterr().out  # (1 + 3 erf(11 / (2 sqrt(2) 40.2))) / 4
     info = json.loads((tmp_path / "data/val/annotations.json").read_text())["info"]
     expected = LeakyShapesConfig(object_size=(20, 30), class_step=11.0)
     assert info["leaky_shapes"]["config"] == json.loads(json.dumps(dataclasses.asdict(expected)))
-    assert main([*arguments, "--gap", "-1"]) == 2
-    assert "gap is -1" in capsys.readouterr().err
+    ended = run_tool(*arguments, "--gap", "-1")
+    assert ended.status == 2 and "gap is -1" in ended.error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ from pretend_cuda import CUDA, pretend_cuda
 from torch import nn
 from training import RETINANET, build_trainer, make_images
 
+from bn_detection import cli
 from bn_detection.engine import Trainer, diagnosis, recalibration
 from bn_detection.engine.setup import register_datasets
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: test_cuda.py")
-TOOLS = Path(__file__).parents[1] / "tools"
 
 
 def test_pretence() -> None:
@@ -104,11 +103,9 @@ def test_measurements_on_a_gpu(
 
     for module in (diagnosis, recalibration):
         monkeypatch.setattr(module, "begin", begin)
-    monkeypatch.syspath_prepend(TOOLS)
 
     def run(tool: str, measure: Callable[[Any], Any], *flags: object) -> Any:
-        args = importlib.import_module(tool).parse([str(flag) for flag in (*flags, *options)])
-        return measure(args)
+        return measure(cli.parse([tool, *map(str, (*flags, *options))]))
 
     trained = train(images, tmp_path, "BN of virtual workers", "cpu")
     config = tmp_path / "config.yaml"

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import re
-import runpy
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from test_train_net import QUICKSTART, ROOT
+from test_train_net import QUICKSTART
 from torch import Tensor, nn
 
-from bn_detection import ConfigError, PartitionedBatchNorm2d
+from bn_detection import ConfigError, PartitionedBatchNorm2d, cli
 from bn_detection.data import LeakyShapesConfig, make_leaky_shapes
 from bn_detection.engine import (
     Trainer,
@@ -47,7 +46,6 @@ from bn_detection.leakage.intervals import Ratio, resample
 from bn_detection.leakage.rois import receptive_margin, sample_rois
 
 IMAGES = 5
-parse_probe = runpy.run_path(str(ROOT / "tools" / "probe.py"))["parse"]
 PLAIN = LeakyShapesConfig(texture_amplitude=0.0, pixel_noise=0.0, background_std=0.0)
 STOCK = (
     *("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"),
@@ -545,9 +543,9 @@ def test_the_tool_writes_a_report_and_replaces_none(data: Path, tmp_path: Path) 
     torch.save({"model": build(cfg).state_dict()}, weights)
     (tmp_path / "config.yaml").write_text(cfg.dump())
     output = tmp_path / "new" / "probe.json"
-    args = parse_probe(
+    args = cli.parse(
         [
-            *("--config-file", f"{tmp_path}/config.yaml", "--output", str(output)),
+            *("probe", "--config-file", f"{tmp_path}/config.yaml", "--output", str(output)),
             *("MODEL.WEIGHTS", str(weights), "BN.LEAKAGE.NUM_IMAGES", "4"),
         ]
     )
@@ -575,9 +573,9 @@ def test_the_tool_names_weights_that_do_not_fit(data: Path, tmp_path: Path) -> N
     torch.save({"model": build(config(data, norm="gn")).state_dict()}, weights)
     (tmp_path / "config.yaml").write_text(cfg.dump())
     output = tmp_path / "probe.json"
-    args = parse_probe(
+    args = cli.parse(
         [
-            *("--config-file", f"{tmp_path}/config.yaml", "--output", str(output)),
+            *("probe", "--config-file", f"{tmp_path}/config.yaml", "--output", str(output)),
             *("MODEL.WEIGHTS", str(weights)),
         ]
     )

@@ -22,7 +22,7 @@ from test_train_net import QUICKSTART, ROOT, ap, overrides, parse, train_net
 from tooling import run_script
 from torch import Tensor, nn
 
-from bn_detection import ConfigError
+from bn_detection import ConfigError, cli
 from bn_detection.data import make_leaky_shapes, register_image_folder
 from bn_detection.engine import (
     Trainer,
@@ -76,12 +76,7 @@ def arguments(
 
 def run(data: Path, output: Path, *more: object, **options: Any) -> None:
     """What the tool does with one worker."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        from recalibrate import parse as parse_tool
-    finally:
-        sys.path.pop(0)
-    args = parse_tool(arguments(data, output, *more, **options))
+    args = cli.parse(["recalibrate", *arguments(data, output, *more, **options)])
     preflight_recalibration(args)
     recalibrate(args)
 

@@ -74,11 +74,16 @@ def overrides(folder: Path, output: Path, *more: object) -> list[str]:
     return [str(part) for pair in options.items() for part in pair] + [str(part) for part in more]
 
 
-def train_net(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    tool = ROOT / "tools" / "train_net.py"
-    if not launcher:
-        return run_script(tool, *arguments)
-    command = [sys.executable, *launcher, str(tool), *arguments]
+TOOL = (str(ROOT / "tools" / "train_net.py"),)
+COMMAND = ("-m", "bn_detection", "train")
+
+
+def train_net(
+    *arguments: str, launcher: tuple[str, ...] = (), program: tuple[str, ...] = TOOL
+) -> subprocess.CompletedProcess[str]:
+    if not launcher and program is TOOL:
+        return run_script(*TOOL, *arguments)
+    command = [sys.executable, *launcher, *program, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command, capture_output=True, text=True, timeout=240, env=environment, cwd=ROOT
@@ -110,7 +115,8 @@ def test_train_evaluate_resume_and_evaluate_again(folder: Path, tmp_path: Path) 
     assert again.stderr.count("error: ") == 1
     assert "--resume" in again.stderr
 
-    resumed = train_net(*config, "--resume", "--num-gpus", "2", *options, "SOLVER.MAX_ITER", "6")
+    options += ["SOLVER.MAX_ITER", "6"]
+    resumed = train_net(*config, "--resume", "--num-gpus", "2", *options, program=COMMAND)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "Starting training from iteration 4" in resumed.stdout
     after_training = ap(output / "inference" / "results.json")
@@ -126,10 +132,10 @@ def test_train_evaluate_resume_and_evaluate_again(folder: Path, tmp_path: Path) 
 @pytest.mark.timeout(200)
 def test_torchrun(folder: Path, tmp_path: Path) -> None:
     run = train_net(
-        "--config-file",
-        str(QUICKSTART / "mask_rcnn_syncbn.yaml"),
+        *("--config-file", "quickstart/mask_rcnn_syncbn.yaml"),
         *overrides(folder, tmp_path / "run", "SOLVER.MAX_ITER", 2),
         launcher=("-m", "torch.distributed.run", "--nproc-per-node", "2"),
+        program=COMMAND,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "World size: 2" in run.stdout

@@ -30,8 +30,8 @@ def register_builtin(names: Iterable[str]) -> None:
     """Register those of ``names`` that are embedded datasets, making them if they are not there.
 
     Each lies in a folder of its name, without the split, under the folder that the environment
-    variable DETECTRON2_DATASETS names, by default ``datasets``; ``tools/make_leaky_shapes.py``
-    makes the same ones.
+    variable DETECTRON2_DATASETS names, by default ``datasets``; ``bn-detection
+    make-leaky-shapes`` makes the same ones.
 
     Args:
         names: of datasets; others are passed over.

@@ -21,7 +21,7 @@ from detectron2.data.detection_utils import read_image
 from detectron2.utils.file_io import PathHandler, PathManager
 from PIL import Image
 
-from ..config import ConfigError
+from ..config import ConfigError, one_line
 from .builtin import register_builtin
 from .coco_json import near_names
 
@@ -199,8 +199,9 @@ def _library(where: str) -> Any:
         import imagecorruptions
     except ImportError as error:
         raise ConfigError(
-            f"{where} needs the library imagecorruptions-imaug, which cannot be imported: {error}. "
-            "Install it by: pip install --no-deps imagecorruptions-imaug"
+            f"{where} needs the library imagecorruptions-imaug, which cannot be imported: "
+            f'{one_line(error)}. Install it by: pip install "bn_detection[corruptions]" && '
+            "pip install --no-deps imagecorruptions-imaug"
         ) from error
     return imagecorruptions
 

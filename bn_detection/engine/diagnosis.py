@@ -8,7 +8,6 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from .checkpoint import StrictCheckpointer
 from .checks import check_config
 from .config_files import read_config_file
 from .rehearsal import rehearse
-from .setup import begin, installed_versions, load_config, register_datasets
+from .setup import begin, find_config, installed_versions, load_config, register_datasets
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ def preflight_diagnosis(args: argparse.Namespace) -> str:
     """Refuse a diagnosis that cannot work, before the model is built.
 
     Args:
-        args: of ``tools/diagnose.py``.
+        args: of ``bn-detection diagnose``.
 
     Returns:
         The device to run on: MODEL.DEVICE.
@@ -91,7 +90,7 @@ def diagnose(args: argparse.Namespace) -> int:
     """Diagnose the BN layers of MODEL.WEIGHTS; write the JSON and the page, and print the findings.
 
     Args:
-        args: of ``tools/diagnose.py``, checked by :func:`preflight_diagnosis`.
+        args: of ``bn-detection diagnose``, checked by :func:`preflight_diagnosis`.
 
     Returns:
         The exit status: 1 if there are findings, else 0.
@@ -158,7 +157,7 @@ def diagnose(args: argparse.Namespace) -> int:
 
 def _load_config(args: argparse.Namespace) -> CfgNode:
     """The config; args.config_file becomes its path, and args.folder that of the output."""
-    args.config_file = _config_path(args.config)
+    args.config_file = find_config(args.config)
     cfg = load_config(args, unknown_keys=True)
     stem = Path(cfg.MODEL.WEIGHTS or "random_weights").stem
     args.folder = args.output_dir or os.path.join(cfg.OUTPUT_DIR, f"diagnosis_{stem}")
@@ -171,22 +170,6 @@ def _keys(node: CfgNode, prefix: str = "") -> set[str]:
     keys = {f"{prefix}{key}" for key in node}
     nodes = ((key, value) for key, value in node.items() if isinstance(value, CfgNode))
     return keys.union(*(_keys(value, f"{prefix}{key}.") for key, value in nodes))
-
-
-def _config_path(config: str) -> str:
-    """A file, or one of the model zoo; load_config says where it is neither."""
-    if os.path.isfile(config):
-        return config
-    try:
-        from detectron2 import model_zoo  # upstream main's needs pkg_resources
-    except ImportError as error:
-        raise ConfigError(
-            f"--config-file {config}: no such file, and the model zoo, whose name it may be, "
-            f"cannot be imported: {error}."
-        ) from error
-    with suppress(RuntimeError):
-        return model_zoo.get_config_file(config)
-    return config
 
 
 def _build_model(cfg: CfgNode, workers: int, per_worker: int) -> tuple[nn.Module, int, CfgNode]:

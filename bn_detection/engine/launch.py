@@ -25,7 +25,6 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -37,8 +36,6 @@ __all__ = [
     "STOP_SIGNALS",
     "Stopped",
     "WorkerError",
-    "add_common_flags",
-    "argument_parser",
     "launch",
     "run",
 ]
@@ -64,69 +61,6 @@ class WorkerError(RuntimeError):
     """One of several workers failed; the message has its rank, the cause, and its traceback."""
 
 
-_STATUS = """
-exit status:
-  0 done; 1 a failure; 2 an error in the configuration or its input; 130 ended by Ctrl-C
-  143 stopped by SIGTERM, 138 by SIGUSR1: a training has finished its iteration and written a
-  checkpoint, from which --resume goes on
-"""
-
-
-def argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
-    """The command line of Detectron2's tools, whose ``--num-gpus`` also counts CPU workers.
-
-    Source: ``detectron2.engine.default_argument_parser``; flags and meanings are the same, but
-    without ``--dist-url`` a free port is used, so that two jobs on a machine do not collide.
-
-    Args:
-        epilog: text after the list of flags; upstream's examples by default.
-    """
-    upstream = default_argument_parser(epilog)
-    parser = argparse.ArgumentParser(
-        parents=[upstream],
-        add_help=False,
-        conflict_handler="resolve",
-        epilog=upstream.epilog if epilog else f"{upstream.epilog}{_STATUS}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--num-gpus",
-        type=int,
-        default=1,
-        help="workers per machine: GPUs where there are any, otherwise CPU processes",
-    )
-    parser.add_argument(
-        "--dist-url",
-        default="auto",
-        help="where the workers meet: 'auto' (a free port; one machine only), or a URL for "
-        "torch.distributed.init_process_group, such as tcp://HOST_OF_MACHINE_0:PORT",
-    )
-    add_common_flags(parser)
-    return parser
-
-
-def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that all tools have.
-
-    Args:
-        parser: of a tool; what it parses is for :func:`run`.
-    """
-    parser.add_argument(
-        "--import",
-        action="append",
-        default=[],
-        dest="imports",
-        metavar="MODULE",
-        help="import a module of yours first, which registers its heads, backbones or datasets, "
-        "such as my_project.heads; it is looked for in the working directory too. May be repeated",
-    )
-    parser.add_argument(
-        "--traceback",
-        action="store_true",
-        help="show where an error comes from, not only what it is",
-    )
-
-
 def run(
     main_func: Callable[[argparse.Namespace], Any],
     args: argparse.Namespace,
@@ -141,7 +75,7 @@ def run(
 
     Args:
         main_func: called as ``main_func(args)`` in each worker; it must be importable.
-        args: what :func:`argument_parser` parsed.
+        args: what :func:`bn_detection.engine.argument_parser` parsed.
         get_device: called as ``get_device(args)`` before the workers start; returns MODEL.DEVICE.
 
     Returns:

@@ -26,7 +26,7 @@ def preflight_probe(args: argparse.Namespace) -> str:
     """Refuse a probe that cannot work, before the model is built.
 
     Args:
-        args: of ``tools/probe.py``.
+        args: of ``bn-detection probe``.
 
     Returns:
         The device to run on: MODEL.DEVICE.
@@ -64,7 +64,7 @@ def probe(args: argparse.Namespace) -> None:
     Beside the report is a folder with the log and the config (``_probe``).
 
     Args:
-        args: of ``tools/probe.py``, checked by :func:`preflight_probe`.
+        args: of ``bn-detection probe``, checked by :func:`preflight_probe`.
 
     Raises:
         ConfigError: the weights do not fit the model, or what

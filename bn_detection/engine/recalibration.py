@@ -51,7 +51,7 @@ def preflight_recalibration(args: argparse.Namespace) -> str:
     """Refuse a recalibration that cannot work, before a worker starts.
 
     Args:
-        args: of ``tools/recalibrate.py``.
+        args: of ``bn-detection recalibrate``.
 
     Returns:
         The device to launch workers for: MODEL.DEVICE.
@@ -91,7 +91,7 @@ def recalibrate(args: argparse.Namespace) -> None:
     config (``_recalibration``). All other tensors keep every bit.
 
     Args:
-        args: of ``tools/recalibrate.py``, checked by :func:`preflight_recalibration`.
+        args: of ``bn-detection recalibrate``, checked by :func:`preflight_recalibration`.
 
     Raises:
         ConfigError: no layer is selected; the weights do not fit the model; the images have no
@@ -299,5 +299,5 @@ def _table(by_layer: dict[str, dict[str, Any]]) -> str:
 def _evaluation_command(args: argparse.Namespace) -> str:
     pairs = zip(args.opts[::2], args.opts[1::2], strict=False)
     options = [part for pair in pairs if pair[0] != "MODEL.WEIGHTS" for part in pair]
-    command = ["python", "tools/train_net.py", "--config-file", args.config_file, "--eval-only"]
+    command = ["bn-detection", "train", "--config-file", args.config_file, "--eval-only"]
     return shlex.join([*command, "MODEL.WEIGHTS", args.output, *options])

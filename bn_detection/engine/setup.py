@@ -32,6 +32,7 @@ from ..data import (
     register_datasets,
 )
 from ..files import FolderLock, make_folder, replacing
+from ..shipped import SHIPPED, find_shipped
 from .checkpoint import last_checkpoint
 from .checks import check_config
 from .config_files import merge_config_file, merge_overrides
@@ -44,7 +45,7 @@ def load_config(args: argparse.Namespace, *, unknown_keys: bool = False) -> CfgN
     """The config of ``--config-file`` and the ``KEY VALUE`` overrides.
 
     Args:
-        args: of :func:`bn_detection.engine.argument_parser`.
+        args: of :func:`bn_detection.engine.argument_parser`; ``config_file`` becomes a path.
         unknown_keys: whether the file may have keys that Detectron2 and this project do not know,
             those of somebody's own project.
 
@@ -56,13 +57,40 @@ def load_config(args: argparse.Namespace, *, unknown_keys: bool = False) -> CfgN
     cfg = get_cfg()
     add_bn_detection_config(cfg)
     if args.config_file:
-        if not os.path.isfile(args.config_file):
-            raise ConfigError(f"--config-file {args.config_file}: there is no such file.")
+        args.config_file = find_config(args.config_file)
         cfg.set_new_allowed(unknown_keys)
         merge_config_file(cfg, args.config_file)
         cfg.set_new_allowed(False)
     merge_overrides(cfg, args.opts)
     return cfg
+
+
+def find_config(name: str, flag: str = "--config-file") -> str:
+    """The path of a config file, of this project's configs, or of one in Detectron2's model zoo.
+
+    Args:
+        name: a path, or the name that a file has in ``configs/`` or in the model zoo.
+        flag: what asks for it, for the error.
+
+    Raises:
+        ConfigError: it is nowhere; says where it was looked for.
+    """
+    if os.path.isfile(name):
+        return name
+    if found := find_shipped(name):
+        return str(found)
+    try:
+        from detectron2 import model_zoo  # upstream main's needs pkg_resources
+
+        path = model_zoo.get_config_file(name)
+        if os.path.isfile(path):
+            return path
+        zoo = "none in Detectron2's model zoo"
+    except RuntimeError:
+        zoo = "none in Detectron2's model zoo"
+    except ImportError as error:
+        zoo = f"and Detectron2's model zoo cannot be imported: {one_line(error)}"
+    raise ConfigError(f"{flag} {name}: there is no such file, none in {SHIPPED}, {zoo}.")
 
 
 def _import(modules: Iterable[str]) -> None:

@@ -16,7 +16,7 @@ from .virtual_losses import average_losses_over_virtual_workers
 def configure_model(cfg: CfgNode, model: nn.Module) -> nn.Module:
     """Apply the ``BN`` keys to a model, in place; for a training script of your own.
 
-    ``tools/train_net.py`` does it for every model it builds.
+    ``bn-detection train`` does it for every model it builds.
 
     Args:
         cfg: with :func:`bn_detection.add_bn_detection_config`'s keys.

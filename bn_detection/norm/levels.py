@@ -250,7 +250,7 @@ class LevelBatchNorm2d(nn.ModuleList):
             logger.warning(
                 "%s: the checkpoint has statistics of %d levels, and BN.LEVELS.POPULATION is "
                 '"shared". They become those of an equal mixture of the levels; recalibrate the '
-                "model (tools/recalibrate.py) to have those of the data.",
+                "model (bn-detection recalibrate) to have those of the data.",
                 prefix.rstrip(".") or self._owner,
                 self.num_levels,
             )

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 
 import matplotlib
 from tabulate import tabulate
 
+from ..command_line import command_line
 from ..data import LeakyShapesConfig, draw_image
+from ..shipped import SHIPPED
 from .executors import LocalExecutor
-from .matrix import TRAIN_NET, Task
+from .matrix import Task
 from .scheduler import execute
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "quickstart"
-VARIANTS = {"BN": "mask_rcnn_bn.yaml", "ShuffleBN": "mask_rcnn_shuffle.yaml"}
+_QUICKSTART = SHIPPED / "quickstart"
+VARIANTS = {
+    "BN": _QUICKSTART / "mask_rcnn_bn.yaml",
+    "ShuffleBN": _QUICKSTART / "mask_rcnn_shuffle.yaml",
+}
 MEANING = {
     ("BN", "population"): "In training the head had learned to read the other objects of the image "
     "from the mean and variance of the batch. The running statistics do not show them.",
@@ -61,8 +65,7 @@ def run_demo(folder: Path, *, workers: int = 2, overrides: list[str] | None = No
     results_of: dict[tuple[str, str], Path] = {}
     for name, config in VARIANTS.items():
         output = folder.absolute() / name
-        command = [sys.executable, str(TRAIN_NET), "--config-file", str(CONFIGS / config)]
-        command += ["--num-gpus", str(workers)]
+        command = command_line("train", "--config-file", config, "--num-gpus", workers)
         options = ["OUTPUT_DIR", str(output), *LENGTH, *(overrides or [])]
         training = Task(
             f"{name}: training",

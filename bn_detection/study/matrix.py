@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
 
+from ..command_line import command_line
 from ..config import ConfigError
 from ..engine import check_config, load_config
 from ..engine.checks import check_recalibration
@@ -20,11 +20,6 @@ from ..engine.rehearsal import rehearse
 from ..engine.setup import check_dataset_names, evaluation_folder
 from ..leakage import images_per_worker
 from .study_file import Evaluation, Overrides, Study
-
-_TOOLS = Path(__file__).resolve().parents[2] / "tools"
-TRAIN_NET = _TOOLS / "train_net.py"
-_RECALIBRATE = _TOOLS / "recalibrate.py"
-_PROBE = _TOOLS / "probe.py"
 
 
 class Cell(NamedTuple):
@@ -123,7 +118,7 @@ class _Planner:
         training = self._add(
             f"{name}, seed {seed}: training",
             "training",
-            self._command(TRAIN_NET, name, workers, options, "--resume"),
+            self._command("train", name, workers, options, "--resume"),
             output / "training.json",
         )
         for other, evaluation in self._study.evaluations.items():
@@ -149,7 +144,7 @@ class _Planner:
                 f"{title}: recalibration",
                 f"{cell.evaluation}: recalibration",
                 self._command(
-                    *(_RECALIBRATE, cell.run, evaluation.workers, options),
+                    *("recalibrate", cell.run, evaluation.workers, options),
                     *("--output", str(weights)),
                 ),
                 place / "recalibration.json",
@@ -164,13 +159,13 @@ class _Planner:
         cfg = self._check(cell.run, where, options, check)
         cfg.MODEL.WEIGHTS = options["MODEL.WEIGHTS"] = str(weights)
         if evaluation.probe is None:
-            command = self._command(TRAIN_NET, cell.run, evaluation.workers, options, "--eval-only")
+            command = self._command("train", cell.run, evaluation.workers, options, "--eval-only")
             leftover = Path(evaluation_folder(cfg, resume=False))
             result = leftover / "results.json"
         else:
             leftover = result = place / "probe.json"
             options["BN.LEAKAGE.IMAGES_PER_WORKER"] = cfg.BN.LEAKAGE.IMAGES_PER_WORKER
-            command = self._command(_PROBE, cell.run, None, options, "--output", str(result))
+            command = self._command("probe", cell.run, None, options, "--output", str(result))
         task = self._add(
             title, cell.evaluation, command, place / "evaluation.json", needs, (leftover,)
         )
@@ -186,14 +181,13 @@ class _Planner:
         return {**common, **own, **self._overrides, "OUTPUT_DIR": output, "SEED": seed}
 
     def _command(
-        self, tool: Path, run: str, workers: int | None, options: Overrides, *flags: str
+        self, name: str, run: str, workers: int | None, options: Overrides, *flags: str
     ) -> list[str]:
-        """The command of a tool; one without workers takes no number of them."""
-        command = [sys.executable, str(tool)]
-        command += ["--num-gpus", str(workers)] if workers else []
-        command += [f"--import={module}" for module in self._imports]
-        command += ["--config-file", str(self._study.runs[run].config), *flags]
-        return [*command, *_pairs(options)]
+        """The line of a command; one without workers takes no number of them."""
+        more = [f"--import={module}" for module in self._imports]
+        more += ["--num-gpus", str(workers)] if workers else []
+        config = str(self._study.runs[run].config)
+        return command_line(name, *more, "--config-file", config, *flags, *_pairs(options))
 
     def _check_training(self, name: str, cfg: CfgNode) -> None:
         check_config(cfg, num_workers=self._study.workers, eval_only=False, resume=True)

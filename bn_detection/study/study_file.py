@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from ..config import ConfigError
+from ..shipped import SHIPPED, find_shipped
 from ..yaml_files import reading_yaml
 
 Overrides = dict[str, Any]
@@ -169,8 +170,12 @@ class _Reader:
 
     def _run(self, value: Any, where: _Where) -> Run:
         content = self._mapping(value, where, _RUN_KEYS, ("config",))
-        config = self._path.parent / (self._text(content, where, "config") or "")
-        self._check(config.is_file(), (*where, "config"), f"config: there is no file {config}.")
+        name = self._text(content, where, "config") or ""
+        config = self._path.parent / name
+        if not config.is_file():
+            config = find_shipped(name) or config
+        problem = f"config: there is no file {config}, and no {name} in {SHIPPED}."
+        self._check(config.is_file(), (*where, "config"), problem)
         return Run(config, self._overrides(content, where))
 
     def _evaluation(

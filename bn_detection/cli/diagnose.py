@@ -1,0 +1,55 @@
+"""Diagnose the BN layers of a Detectron2 model: what hurts it, by how much, and what mends it.
+
+The exit status is 0 without findings, 1 with findings, and 2 after any error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import traceback
+
+from ..command_line import add_common_flags, add_overrides
+
+EXAMPLE = (
+    "bn-detection diagnose --config-file output/demo/BN/config.yaml --num-gpus 2 --quick \\\n"
+    "    MODEL.WEIGHTS output/demo/BN/model_final.pth"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this command."""
+    parser.add_argument(
+        "--config-file",
+        required=True,
+        dest="config",
+        metavar="FILE.yaml",
+        help="of the training; also the name of one of bn_detection's or Detectron2's model zoo",
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer images: about a minute")
+    parser.add_argument("--images", type=int, metavar="N", help="instead of 512, or 64 if quick")
+    parser.add_argument(
+        "--num-gpus",
+        type=int,
+        default=1,
+        dest="workers",
+        metavar="W",
+        help="workers of the training; the diagnosis itself runs in one process",
+    )
+    parser.add_argument("--output-dir", help="default: OUTPUT_DIR/diagnosis_<checkpoint>")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier diagnosis")
+    add_common_flags(parser)
+    add_overrides(parser)
+    parser.set_defaults(num_gpus=1, num_machines=1, machine_rank=0, dist_url="auto")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Diagnose, in this process. A failure is status 2, because 1 says that there are findings."""
+    try:
+        from .. import engine
+
+        return engine.run(engine.diagnose, args, engine.preflight_diagnosis)
+    except ModuleNotFoundError:
+        raise
+    except Exception:
+        traceback.print_exc()
+        return 2

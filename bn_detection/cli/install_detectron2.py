@@ -1,0 +1,32 @@
+"""Install Detectron2 v0.6 without a compiler, as a pure-Python wheel.
+
+A Detectron2 that is already installed, of whatever version, is kept as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+EXAMPLE = "bn-detection install-detectron2"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this command."""
+    parser.add_argument(
+        "--wheel-dir",
+        metavar="DIR",
+        help="keep the wheel in DIR; it is built even if a detectron2 is installed",
+    )
+    parser.add_argument(
+        "--archive",
+        metavar="FILE",
+        help="use this pb1-detectron2-0.6.tar.gz instead of fetching it",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Install it, or keep what is there."""
+    from ..install_detectron2 import main
+
+    flags = (("--wheel-dir", args.wheel_dir), ("--archive", args.archive))
+    return main([part for flag, value in flags if value for part in (flag, value)])

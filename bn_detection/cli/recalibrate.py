@@ -1,0 +1,40 @@
+"""Estimate the population statistics of a checkpoint anew, and write another checkpoint.
+
+On images without labels: --images photos/night, with BN.POPULATION.ROIS inference at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from ..command_line import add_training_flags
+
+EXAMPLE = (
+    "bn-detection recalibrate --config-file output/demo/BN/config.yaml --num-gpus 2 \\\n"
+    "    --output output/recalibrated.pth MODEL.WEIGHTS output/demo/BN/model_final.pth"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this command."""
+    add_training_flags(parser)
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="FILE.pth",
+        help="the new checkpoint; what changed goes to FILE.json beside it",
+    )
+    images = parser.add_mutually_exclusive_group()
+    images.add_argument("--dataset", metavar="NAME", help="instead of DATASETS.TRAIN")
+    images.add_argument(
+        "--images",
+        metavar="FOLDER",
+        help="a folder of images instead; needs BN.POPULATION.ROIS inference",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Launch the workers."""
+    from .. import engine
+
+    engine.run(engine.recalibrate, args, engine.preflight_recalibration)
