@@ -326,17 +326,22 @@ def dies_once(folder):
     record_worker(folder)
 
 
-def test_restart_of_one_worker(tmp_path, capfd):
-    launch(fails_alone_once, 1, device="cpu", args=(str(tmp_path),), max_restarts=1)
-    assert (tmp_path / "done").exists()
-    assert "ValueError: the first time" in capfd.readouterr().err
-
-
-def fails_alone_once(folder):
+def fails_alone():
     assert not dist.is_initialized()
-    if not restarted():
-        raise ValueError("the first time")
-    (Path(folder) / "done").touch()
+    raise ValueError("again" if restarted() else "the first time")
+
+
+def test_a_failure_that_a_restart_does_not_mend(capfd):
+    with pytest.raises(WorkerError, match=r"rank 0 of 1\): ValueError: again"):
+        launch(fails_alone, 1, device="cpu", max_restarts=1)
+    stderr = capfd.readouterr().err
+    assert "error: worker failed (rank 0 of 1): ValueError: the first time" in stderr
+    assert stderr.endswith("\nthe workers start again (1 of 1 restarts)\n")
+
+
+def test_a_config_error_is_not_tried_again(monkeypatch, capfd):
+    status, _, stderr = run_tool(["--max-restarts", "1", "config error"], monkeypatch, capfd)
+    assert (status, stderr) == (2, "error: BN.MOMENTUM 2.0: expected a number in (0, 1]\n")
 
 
 def test_restart_of_two_machines(tmp_path):
@@ -353,16 +358,6 @@ def test_restart_of_two_machines(tmp_path):
         what=dies_once,
     )
     assert sorted(read_records(tmp_path)) == [0, 1]
-
-
-def test_no_restart_helps(monkeypatch, capfd):
-    # A failure comes back; an error in the configuration is not tried again.
-    flags = ["--num-gpus", "2", "--max-restarts", "1"]
-    status, _, stderr = run_tool([*flags, "fail"], monkeypatch, capfd)
-    assert status == 1
-    assert stderr.count("ValueError: the root cause\n") == 4
-    status, _, stderr = run_tool([*flags, "config error"], monkeypatch, capfd)
-    assert (status, stderr) == (2, "error: BN.MOMENTUM 2.0: expected a number in (0, 1]\n")
 
 
 @pytest.mark.parametrize(

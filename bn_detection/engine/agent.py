@@ -163,6 +163,7 @@ class _Agent(LocalElasticAgent):
         group.store.set(f"restarts/{group.group_rank}", str(used))
         all_used = [group.store.get(f"restarts/{k}") for k in range(group.group_world_size)]
         self._remaining_restarts = group.spec.max_restarts - max(map(int, all_used))
+        self.failure = None
         ids = super()._start_workers(group)
         _raise_signals()
         return ids
@@ -176,9 +177,11 @@ class _Agent(LocalElasticAgent):
         return result
 
     def _restart_workers(self, group: WorkerGroup) -> None:
-        used = group.spec.max_restarts - self._remaining_restarts
-        again = f"the workers start again ({used} of {group.spec.max_restarts} restarts)"
-        print(f"error: {self.failure or 'another machine failed'}\n{again}", file=sys.stderr)
+        why, again = "workers of another machine failed", "the workers start again"
+        if self.failure:
+            used = group.spec.max_restarts - self._remaining_restarts
+            why, again = self.failure, f"{again} ({used} of {group.spec.max_restarts} restarts)"
+        print(f"error: {why}\n{again}", file=sys.stderr, flush=True)
         super()._restart_workers(group)
 
     def _shutdown(self, death_sig: signal.Signals | None = None, *_: Any, **__: Any) -> None:
@@ -273,8 +276,9 @@ def _work(parent: int, first_rank: int, call: tuple[Any, ...]) -> NoReturn:
     """Be a worker to its end."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Agents number the machines as they come.
+    # Agents number the machines as they come; the store is there whatever the user has set.
     os.environ["RANK"] = str(first_rank + int(os.environ["LOCAL_RANK"]))
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     try:
         work(*call)
     except Stopped as stopped:
