@@ -66,8 +66,16 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dist-url",
         default="auto",
-        help="where the workers meet: 'auto' (a free port; one machine only), or a URL for "
-        "torch.distributed.init_process_group, such as tcp://HOST_OF_MACHINE_0:PORT",
+        help="where the workers meet: 'auto' (a free port; one machine only), or "
+        "tcp://HOST_OF_MACHINE_0:PORT",
+    )
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="how often all workers are started again after one has failed; a training then goes "
+        "on from its last checkpoint",
     )
     add_common_flags(parser)
     add_overrides(parser)

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -12,17 +13,16 @@ import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 from distributed import run_workers
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from bn_detection.config import ConfigError
 from bn_detection.engine import argument_parser
-from bn_detection.engine.launch import (
-    WorkerError,
-    _describe_exit,
-    launch,
-    run,
-)
+from bn_detection.engine.agent import _describe_exit, _when
+from bn_detection.engine.launch import WorkerError, launch, restarted, run
 
 REPO = Path(__file__).resolve().parents[1]
+
+MARK = "BN_DETECTION_TEST"
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -83,29 +83,37 @@ def tool(argv):
 
 
 def start_tool(*argv, torchrun=0):
-    """A command line of its own, with its own session, so that its processes can be found."""
+    """A command line of its own, with a mark by which its processes can be found."""
     prefix = [sys.executable]
     if torchrun:
         prefix += ["-m", "torch.distributed.run", "--nproc-per-node", str(torchrun)]
         prefix += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     path = [str(REPO), str(REPO / "tests"), os.environ.get("PYTHONPATH", "")]
-    return subprocess.Popen(
+    mark = str(time.monotonic_ns())
+    started = subprocess.Popen(
         [*prefix, __file__, *argv],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONWARNINGS": "ignore"},
+        env={
+            **os.environ,
+            **{"PYTHONPATH": os.pathsep.join(path), "PYTHONWARNINGS": "ignore", MARK: mark},
+        },
     )
+    started.mark = mark
+    return started
 
 
-def processes_of(session):
+def processes_of(started):
+    """The command line's, those of its workers too, which have sessions of their own."""
     found = []
     for process in psutil.process_iter():
         try:
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+            is_of_it = process.environ().get(MARK) == started.mark
+            if is_of_it and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
-        except (ProcessLookupError, psutil.NoSuchProcess):
+        except (ProcessLookupError, psutil.Error):
             pass
     return found
 
@@ -114,9 +122,9 @@ def finish(process):
     """Wait for a command line; nothing of it may be left. Returns its status and output."""
     stdout, stderr = process.communicate(timeout=150)
     deadline = time.monotonic() + 5
-    while processes_of(process.pid) and time.monotonic() < deadline:
+    while processes_of(process) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert processes_of(process.pid) == []
+    assert processes_of(process) == []
     return process.returncode, stdout, stderr
 
 
@@ -125,11 +133,11 @@ def finish(process):
 # ---------------------------------------------------------------------------------------------
 
 
-def launch_together(*jobs):
+def launch_together(*jobs, what=record_worker):
     """Launch several jobs at the same time, each a dict of arguments."""
 
     def start(arguments):
-        launch(record_worker, **{"device": "cpu", **arguments})
+        launch(what, **{"device": "cpu", **arguments})
 
     with ThreadPoolExecutor() as threads:
         assert list(threads.map(start, jobs)) == [None] * len(jobs)
@@ -225,6 +233,8 @@ def test_argument_parser():
         ({"num_machines": 0}, "--num-machines 0"),
         ({"num_machines": 2, "machine_rank": 2}, "--machine-rank 2.* 0 to 1"),
         ({"num_machines": 2}, "--dist-url auto.*--num-machines 2"),
+        ({"max_restarts": -1}, "--max-restarts -1"),
+        ({"num_workers_per_machine": 2, "dist_url": "foo"}, "tcp://HOST:PORT"),
         ({"num_workers_per_machine": 2, "dist_url": "tcp://["}, "tcp://HOST:PORT"),
         ({"num_workers_per_machine": 2, "dist_url": "tcp://localhost"}, "tcp://HOST:PORT"),
         ({"num_workers_per_machine": 2, "dist_url": "tcp://localhost:x"}, "tcp://HOST:PORT"),
@@ -269,7 +279,7 @@ def run_tool(argv, monkeypatch, capfd):
     with pytest.raises(SystemExit) as exit_info:
         tool(argv)
     left = set(psutil.Process().children()) - before
-    assert [child for child in left if "spawn_main" in " ".join(child.cmdline())] == []
+    assert [child for child in left if "resource_tracker" not in " ".join(child.cmdline())] == []
     return exit_info.value.code, *capfd.readouterr()
 
 
@@ -311,6 +321,67 @@ def test_killed_worker():
         launch(killed_worker, 2, device="cpu", args=(signal.SIGKILL,))
 
 
+def dies_once(folder):
+    if dist.get_rank() == 1 and not restarted():
+        os.kill(os.getpid(), signal.SIGKILL)
+    record_worker(folder)
+
+
+def fails_alone():
+    assert not dist.is_initialized()
+    raise ValueError("again" if restarted() else "the first time")
+
+
+def test_a_failure_that_a_restart_does_not_mend(capfd):
+    with pytest.raises(WorkerError, match=r"rank 0 of 1\): ValueError: again"):
+        launch(fails_alone, 1, device="cpu", max_restarts=1)
+    stderr = capfd.readouterr().err
+    assert "error: worker failed (rank 0 of 1): ValueError: the first time" in stderr
+    assert stderr.endswith("\nthe workers start again (1 of 1 restarts)\n")
+
+
+def test_a_config_error_is_not_tried_again(monkeypatch, capfd):
+    status, _, stderr = run_tool(["--max-restarts", "1", "config error"], monkeypatch, capfd)
+    assert (status, stderr) == (2, "error: BN.MOMENTUM 2.0: expected a number in (0, 1]\n")
+
+
+def test_restart_of_two_machines(tmp_path):
+    with dist_port() as port:
+        url = f"tcp://127.0.0.1:{port}"
+    launch_together(
+        *(
+            {
+                **{"num_workers_per_machine": 1, "num_machines": 2, "machine_rank": rank},
+                **{"dist_url": url, "args": (str(tmp_path),), "max_restarts": 1},
+            }
+            for rank in range(2)
+        ),
+        what=dies_once,
+    )
+    assert sorted(read_records(tmp_path)) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "seconds_later", "first"),
+    [
+        # From outside, which its peer told before the agent saw it.
+        (-signal.SIGKILL, 0, 1),
+        (7, 0, 1),
+        # By the agent, and by torch for want of peers.
+        (-signal.SIGKILL, 30, 0),
+        (-signal.SIGTERM, 0, 0),
+        (-signal.SIGABRT, 0, 0),
+    ],
+)
+def test_the_first_failure_is_the_cause(tmp_path, exit_code, seconds_later, first):
+    report = {"message": "ValueError: x", "extraInfo": {"py_callstack": "", "timestamp": "0"}}
+    (tmp_path / "0.json").write_text(json.dumps({"message": report}))
+    reported = ProcessFailure(0, 1, 1, str(tmp_path / "0.json"))
+    silent = ProcessFailure(1, 2, exit_code, str(tmp_path / "none"))
+    silent.timestamp += seconds_later
+    assert min([reported, silent], key=_when).local_rank == first
+
+
 def test_exit_without_exception():
     assert "exited with status 7" in _describe_exit(7)
     assert "killed by SIGSEGV" in _describe_exit(-signal.SIGSEGV)
@@ -323,13 +394,14 @@ def test_signal_to_the_tool_ends_its_workers(signum, status):
     process = start_tool("--num-gpus", "2", "hang")
     assert process.stdout.readline() == "hanging\n"
     # At least the tool, two workers, and a child of one of them.
-    assert len(processes_of(process.pid)) >= 4
+    while len(processes_of(process)) < 4:
+        time.sleep(0.1)
     started = time.monotonic()
     if signum == signal.SIGINT:
         os.killpg(process.pid, signum)  # as a terminal does
     else:
         process.send_signal(signum)
-    while signum == signal.SIGKILL and processes_of(process.pid):
+    while signum == signal.SIGKILL and processes_of(process):
         time.sleep(0.1)
     exit_status, _, stderr = finish(process)
     assert exit_status == status

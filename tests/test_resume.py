@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from distributed import run_workers
 from torch.utils.data import Dataset
 from training import RETINANET, build_trainer, different, make_images, train
 
+from bn_detection import engine
 from bn_detection.data.stream import TrainLoader, continued_by
+from bn_detection.engine.launch import restarted
 
 COMMON = (
     *("SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 3, "TEST.EVAL_PERIOD", 2),
@@ -254,3 +258,35 @@ def test_other_workers_go_on_behind_all_that_was_used(
     found = [continued_by(states, rank, workers) for rank in range(workers)]
     assert [state["used"] for state in found] == starts
     assert all(state["waiting"] == [] for state in found)
+
+
+def _trainings(folder: str, output: str) -> None:
+    """One that nothing disturbs, and one of which a worker is killed once."""
+    torch.use_deterministic_algorithms(True)
+    if not restarted():
+        engine.train(build_trainer(Path(folder), Path(output, "whole"), *COMMON).cfg, resume=False)
+    cfg = build_trainer(Path(folder), Path(output, "killed"), *COMMON).cfg
+    run_step = engine.Trainer.run_step
+
+    def run_or_die(trainer: engine.Trainer) -> None:
+        if trainer.iter == 4 and torch.distributed.get_rank() == 1 and not restarted():
+            os.kill(os.getpid(), signal.SIGKILL)
+        run_step(trainer)
+
+    engine.Trainer.run_step = run_or_die
+    engine.train(cfg, resume=False)
+
+
+@pytest.mark.timeout(240)
+def test_restarted_workers_go_on_from_the_last_checkpoint(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (str(folder), str(tmp_path))
+    engine.launch(_trainings, 2, device="cpu", args=arguments, max_restarts=2)
+    whole, killed = (
+        torch.load(tmp_path / name / "model_final.pth")["model"] for name in ("whole", "killed")
+    )
+    assert different(whole, killed) == []
+    errors = capfd.readouterr().err
+    assert "worker failed (rank 1 of 2): it was killed by SIGKILL" in errors
+    assert errors.count("the workers start again (1 of 2 restarts)") == 1

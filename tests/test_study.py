@@ -14,6 +14,7 @@ import pytest
 
 from bn_detection.config import ConfigError
 from bn_detection.data import make_leaky_shapes
+from bn_detection.study import runner
 from bn_detection.study.folder import claimed
 from bn_detection.study.matrix import plan
 from bn_detection.study.process import write_json
@@ -348,6 +349,16 @@ def test_slurm_without_submitit_says_what_to_install(
     with pytest.raises(ConfigError, match=r"pip install 'submitit>=1\.5'"):
         run_study(write(tmp_path, STUDY), tmp_path / "output", executor="slurm")
     assert not (tmp_path / "output").exists()
+
+
+def test_a_study_whose_every_task_fails_says_that_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runner, "execute", lambda tasks, *_: list(tasks))
+    with pytest.raises(RuntimeError, match=r"6 of 6 tasks are not done\.\n  BN, seed 1: training"):
+        run_study(write(tmp_path, STUDY), tmp_path / "output")
+    assert capfd.readouterr().out == "small: A small one.\n\n"
+    assert not (tmp_path / "output" / "report.html").exists()
 
 
 def test_a_dry_run_lists_the_tasks_and_makes_nothing(

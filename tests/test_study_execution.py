@@ -148,12 +148,12 @@ from study_tasks import task
 from test_study_execution import STUDY
 folder = Path({folder!r})
 code = "import os, time; open({folder!r} + '/pid_%s', 'w').write(str(os.getpid())); time.sleep(%s)"
-with _sigterm_ends(), claimed(folder, STUDY, {{}}, {{}}) as claim:
+with _sigterm_ends(), claimed(folder, STUDY, {{}}, {{}}) as lock:
     tasks = [
         task(folder, name, code % (name, seconds))
         for name, seconds in (("short", 0), ("long", 60), ("longer", 60))
     ]
-    execute(tasks, LocalExecutor(2), claim)
+    execute(tasks, LocalExecutor(2), lock)
 """
 
 
@@ -202,9 +202,9 @@ def test_an_interrupted_runner_ends_its_tasks_and_says_what_is_kept(
 @pytest.mark.timeout(60)
 def test_a_folder_is_kept_by_what_a_killed_runner_left_behind(tmp_path: Path) -> None:
     folder = tmp_path / "output"
-    with claimed(folder, STUDY, {}, {}) as claim:
+    with claimed(folder, STUDY, {}, {}) as lock:
         command = [sys.executable, "-c", "input()"]
-        orphan = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[claim.descriptor])
+        orphan = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[lock.descriptor])
     try:
         with pytest.raises(ConfigError, match="Another process works in"):
             claimed(folder, STUDY, {}, {}).__enter__()
@@ -221,14 +221,14 @@ def test_a_folder_that_is_removed_ends_what_runs(tmp_path: Path) -> None:
         f"import os, shutil, time; open({str(pid)!r}, 'w').write(str(os.getpid())); "
         f"shutil.rmtree({str(folder)!r}); time.sleep(60)"
     )
-    with claimed(folder, STUDY, {}, {}) as claim:
+    with claimed(folder, STUDY, {}, {}) as lock:
         with pytest.raises(RuntimeError, match="was removed"):
-            execute([task(folder, "removes", code)], LocalExecutor(), claim)
+            execute([task(folder, "removes", code)], LocalExecutor(), lock)
         assert not is_alive(int(pid.read_text()))
         # Made anew by somebody else, it is not ours either.
         folder.mkdir()
         (folder / ".lock").touch()
-        assert not claim.holds()
+        assert not lock.holds()
 
 
 @pytest.mark.timeout(60)

@@ -20,7 +20,6 @@ from bn_detection.files import FolderLock
 from bn_detection.study import executors, scheduler
 from bn_detection.study.display import Display
 from bn_detection.study.executors import LocalExecutor, SlurmExecutor, SubmissionError, parse_slurm
-from bn_detection.study.folder import Claim
 from bn_detection.study.matrix import Task, plan
 from bn_detection.study.runner import run_study
 from bn_detection.study.scheduler import FolderError, execute
@@ -213,7 +212,7 @@ def test_an_error_of_the_runner_leaves_the_jobs_and_a_removed_folder_cancels_the
     lock.take()
     (tmp_path / ".lock").unlink()
     with pytest.raises(FolderError, match="was removed"):
-        execute([one], SlurmExecutor(tmp_path), Claim(tmp_path, lock))
+        execute([one], SlurmExecutor(tmp_path), lock)
     lock.release()
     assert (slurm.folder / "cancelled").read_text() == "100\n"
 

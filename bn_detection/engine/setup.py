@@ -36,6 +36,7 @@ from ..shipped import SHIPPED, find_shipped
 from .checkpoint import last_checkpoint
 from .checks import check_config
 from .config_files import merge_config_file, merge_overrides
+from .launch import restarted
 from .rehearsal import rehearse
 
 _VERSIONED = ("bn_detection", "detectron2", "torch", "torchvision", "fvcore", "numpy")
@@ -123,7 +124,8 @@ def preflight(args: argparse.Namespace) -> str:
     if writes and os.path.exists(os.path.join(cfg.OUTPUT_DIR, FolderLock.FILE_NAME)):
         keep_folder(cfg.OUTPUT_DIR)
     num_workers = int(os.environ.get("WORLD_SIZE", args.num_gpus * args.num_machines))
-    check_config(cfg, num_workers=num_workers, eval_only=args.eval_only, resume=args.resume)
+    resume = args.resume or restarted()
+    check_config(cfg, num_workers=num_workers, eval_only=args.eval_only, resume=resume)
     if not cfg.OUTPUT_DIR:
         raise ConfigError('OUTPUT_DIR is "": give the folder to write to.')
     register_datasets(cfg)

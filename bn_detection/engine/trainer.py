@@ -39,6 +39,7 @@ from .checkpoint import AtomicCheckpointer
 from .divergence import naming_divergence
 from .evaluation import build_evaluator
 from .hooks import add_statistics_hooks, model_itself
+from .launch import restarted
 from .preemption import StopOnSignal, noting_signals
 from .resume import GatherResumeState, ResumeState
 from .setup import evaluation_folder
@@ -278,7 +279,8 @@ def train(cfg: CfgNode, resume: bool) -> OrderedDict[str, Any] | None:
 
     Args:
         cfg: the config.
-        resume: whether to go on from the last checkpoint in OUTPUT_DIR, if there is one.
+        resume: whether to go on from the last checkpoint in OUTPUT_DIR, if there is one. Workers
+            that replace failed ones do so in any case.
 
     Returns:
         The metrics of the last evaluation.
@@ -289,7 +291,7 @@ def train(cfg: CfgNode, resume: bool) -> OrderedDict[str, Any] | None:
             checkpoint of it.
     """
     trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=resume)
+    trainer.resume_or_load(resume=resume or restarted())
     if cfg.TEST.AUG.ENABLED:
         trainer.register_hooks([hooks.EvalHook(0, lambda: _test_with_tta(cfg, trainer.model))])
     with naming_divergence(trainer), noting_signals():

@@ -94,7 +94,7 @@ class Display:
     def __init__(self, console: Console | None = None) -> None:
         console = console or Console()
         live = console.is_terminal and not console.is_dumb_terminal
-        self._live = Live(console=console, refresh_per_second=2) if live else None
+        self._live = Live(console=console, refresh_per_second=2, transient=True) if live else None
 
     def __enter__(self) -> Display:
         if self._live:
@@ -103,7 +103,6 @@ class Display:
 
     def __exit__(self, *_: object) -> None:
         if self._live:
-            self._live.update(Text(""))
             self._live.stop()
 
     def show(self, running: Sequence[Running], state: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import getpass
 import hashlib
-import importlib
 import io
 import json
 import os
@@ -16,8 +15,7 @@ import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -52,8 +50,8 @@ def is_done(task: Task) -> bool:
     return task.record.is_file()
 
 
-class Executor(Protocol):
-    """Runs the commands of a study.
+class Executor:
+    """Runs the commands of a study: each by :mod:`.process`, which writes its log and its record.
 
     Attributes:
         jobs: tasks that it runs at once.
@@ -65,6 +63,7 @@ class Executor(Protocol):
 
     def find(self, tasks: Collection[Task]) -> dict[Task, str]:
         """Those of ``tasks`` that an earlier runner started and that still go on, and as what."""
+        raise NotImplementedError
 
     def start(self, task: Task, keep: Sequence[int] = ()) -> None:
         """Start a task.
@@ -76,34 +75,38 @@ class Executor(Protocol):
         Raises:
             SubmissionError: it may be started later.
         """
+        raise NotImplementedError
 
     def status(self, task: Task) -> int | None:
         """The exit status of a task that was started or found; None while it runs."""
+        raise NotImplementedError
 
     def explain(self, task: Task) -> None:
         """Add to the log of a task that failed what it does not say itself."""
 
-    def leave(self) -> str:
-        """Stop watching. What goes on without the runner, and how to end it, for people."""
-
     def cancel(self) -> None:
         """End everything that runs."""
+        raise NotImplementedError
+
+    def leave(self) -> str:
+        """Stop watching. What goes on without the runner, and how to end it, for people."""
+        self.cancel()
+        return ""
+
+    @staticmethod
+    def _program(task: Task, parent: int | None = None, keep: Sequence[int] = ()) -> list[str]:
+        specification = {
+            "command": task.command,
+            "log": str(task.log.absolute()),
+            "record": str(task.record.absolute()),
+            "leftovers": [str(path.absolute()) for path in task.leftovers],
+            "parent": parent,
+            "keep": list(keep),
+        }
+        return [sys.executable, process.__file__, json.dumps(specification)]
 
 
-def _specification(task: Task, parent: int | None, keep: Sequence[int]) -> str:
-    """What :mod:`.process` is told."""
-    content = {
-        "command": task.command,
-        "log": str(task.log.absolute()),
-        "record": str(task.record.absolute()),
-        "leftovers": [str(path.absolute()) for path in task.leftovers],
-        "parent": parent,
-        "keep": list(keep),
-    }
-    return json.dumps(content)
-
-
-class LocalExecutor:
+class LocalExecutor(Executor):
     """Runs each task in processes of this machine, which end with this one.
 
     Where there are GPUs, each of the ``jobs`` places has its own.
@@ -155,32 +158,28 @@ class LocalExecutor:
             ConfigError: jobs of Slurm do some of them, or squeue cannot say whether they do.
         """
         missing = [task for task in tasks if not is_done(task)]
-        if missing and self._folder and (self._folder / SLURM_FOLDER).exists():
-            self._refuse_jobs(missing)
-        return {}
-
-    def _refuse_jobs(self, tasks: Collection[Task]) -> None:
+        submitted = self._folder and self._folder / SLURM_FOLDER
+        if not missing or not submitted or not submitted.exists():
+            return {}
         start = f"--executor local: jobs of Slurm were submitted from {self._folder}"
         try:
             queue = _squeue()
         except SubmissionError as error:
             raise ConfigError(
                 f"{start}, and whether they go on is not known ({error}). Start it where squeue "
-                f"answers, or, if none goes on, remove {self._folder / SLURM_FOLDER}."
+                f"answers, or, if none goes on, remove {submitted}."
             ) from error
-        jobs = " ".join(queue[name] for name in map(_job_name, tasks) if name in queue)
-        if jobs:
+        if jobs := " ".join(queue[name] for name in map(_job_name, missing) if name in queue):
             raise ConfigError(
                 f"{start}, and {jobs} go on: give --executor slurm, or end them: scancel {jobs}."
             )
+        return {}
 
     def start(self, task: Task, keep: Sequence[int] = ()) -> None:
-        """Start a task; there must be a free place."""
         gpus = self._gpus.pop()
         devices = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
-        specification = _specification(task, os.getpid(), keep)
         started = subprocess.Popen(
-            [sys.executable, process.__file__, specification],
+            self._program(task, os.getpid(), keep),
             stdin=subprocess.DEVNULL,
             env={**os.environ, **devices},
             pass_fds=keep,
@@ -190,34 +189,24 @@ class LocalExecutor:
         self._running[task] = (started, gpus)
 
     def status(self, task: Task) -> int | None:
-        """The exit status of a started task; None while it runs."""
         started, gpus = self._running[task]
-        status = started.poll()
-        if status is not None:
+        if started.poll() is not None:
             self._gpus.append(gpus)
             del self._running[task]
-        return status
-
-    def explain(self, task: Task) -> None:
-        """Nothing: its log has all."""
-
-    def leave(self) -> str:
-        """End everything that runs; nothing goes on."""
-        self.cancel()
-        return ""
+        return started.returncode
 
     def cancel(self) -> None:
         """End everything that runs; at once, if it takes longer than 10 seconds."""
+        running = [started for started, _ in self._running.values()]
         deadline = time.monotonic() + _TERMINATE_SECONDS
         try:
-            for started, _ in self._running.values():
+            for started in running:
                 started.terminate()
-            for started, _ in self._running.values():
-                started.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            pass
+            for started in running:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    started.wait(max(0.0, deadline - time.monotonic()))
         finally:
-            for started, _ in self._running.values():
+            for started in running:
                 if started.poll() is None:
                     os.killpg(started.pid, signal.SIGKILL)
                     started.wait()
@@ -237,7 +226,7 @@ def _gpus() -> list[str]:
     return visible.split(",")[:number] if visible else [str(k) for k in range(number)]
 
 
-class SlurmExecutor:
+class SlurmExecutor(Executor):
     """Runs each task in a job of Slurm, which goes on without the runner.
 
     A job has a name that only its task has: the next runner finds it by that in the queue. Success
@@ -267,7 +256,12 @@ class SlurmExecutor:
         parameters: Mapping[str, Any] | None = None,
         cluster: str = "slurm",
     ) -> None:
-        submitit = _import_submitit()
+        try:
+            from submitit import AutoExecutor
+        except ImportError:
+            raise ConfigError(
+                "--executor slurm needs submitit: pip install 'submitit>=1.5'"
+            ) from None
         self.jobs = jobs or sys.maxsize
         self._folder = folder.absolute() / SLURM_FOLDER
         given = {"cpus_per_task": workers, "timeout_min": _TIMEOUT_MIN, **(parameters or {})}
@@ -280,7 +274,7 @@ class SlurmExecutor:
         generic = ("cpus_per_task", "timeout_min", "gpus_per_node", "mem_gb")
         named = {k if k in generic else f"slurm_{k}": v for k, v in given.items()}
         try:
-            self._submitit = submitit.AutoExecutor(self._folder, cluster=cluster)
+            self._submitit = AutoExecutor(self._folder, cluster=cluster)
             self._submitit.update_parameters(**named)
         except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as error:
             raise ConfigError(f"--executor slurm: {error}") from error
@@ -308,21 +302,15 @@ class SlurmExecutor:
         return {task: f"Slurm job {job_id}" for task, job_id in found.items()}
 
     def start(self, task: Task, keep: Sequence[int] = ()) -> None:
-        """Submit a task.
-
-        Raises:
-            SubmissionError: sbatch failed.
-        """
-        self._submitit.update_parameters(name=_job_name(task))
-        command = [sys.executable, process.__file__, _specification(task, None, ())]
+        name = _job_name(task)
+        self._submitit.update_parameters(name=name)
         try:
             # It prints what it raises.
             with contextlib.redirect_stderr(io.StringIO()):
-                job = self._submitit.submit(subprocess.check_call, command)
+                job = self._submitit.submit(subprocess.check_call, self._program(task))
         except RuntimeError as error:
             raise SubmissionError(f"--executor slurm: sbatch failed: {error}") from error
-        self._ids[task] = job.job_id
-        self._queue[_job_name(task)] = job.job_id
+        self._ids[task] = self._queue[name] = job.job_id
 
     def status(self, task: Task) -> int | None:
         """0 once a task has its record, 1 if it has none and left the queue; else None."""
@@ -351,8 +339,7 @@ class SlurmExecutor:
 
     def leave(self) -> str:
         """Leave the jobs to Slurm."""
-        left = self._left()
-        if not left:
+        if not (left := self._left()):
             return ""
         return (
             f"Slurm jobs {', '.join(left)} go on, and the same command finds them; "
@@ -360,12 +347,11 @@ class SlurmExecutor:
         )
 
     def cancel(self) -> None:
-        """Cancel the jobs that are in the queue."""
         if left := self._left():
             subprocess.run(["scancel", *left], check=False)
 
     def _left(self) -> list[str]:
-        """The ids of the jobs of tasks that are not done."""
+        """The ids of the jobs in the queue of tasks that are not done."""
         names = [_job_name(task) for task in self._ids if not task.record.is_file()]
         return [self._queue[name] for name in names if name in self._queue]
 
@@ -384,15 +370,6 @@ def _squeue() -> dict[str, str]:
         raise SubmissionError(f"squeue failed: {reason}") from error
     lines = (line.split(maxsplit=1) for line in asked.stdout.splitlines())
     return {name: job_id for job_id, name in lines}
-
-
-def _import_submitit() -> ModuleType:
-    try:
-        return importlib.import_module("submitit")
-    except ImportError:
-        raise ConfigError(
-            "--executor slurm needs submitit, which is not installed: pip install 'submitit>=1.5'"
-        ) from None
 
 
 def _job_name(task: Task) -> str:

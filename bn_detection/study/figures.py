@@ -18,8 +18,8 @@ from matplotlib.ticker import MaxNLocator
 from ..page import COLORS, MARKERS, new_figure
 from ..population import read_trace
 from ..population.trace import FILE_NAME as TRACE
+from .estimates import Estimate, estimate
 from .results import BOX_AP, LEAKAGES, StudyResults
-from .statistics import Estimate, estimate
 from .trace_figure import draw_panel
 
 MOST_ROWS = 30

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +27,10 @@ SLURM_FOLDER = "slurm"
 _KEYS_SHOWN = 5
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A folder in which this process works alone.
-
-    Attributes:
-        folder: of the study.
-        lock: of the folder.
-    """
-
-    folder: Path
-    lock: FolderLock
-
-    @property
-    def descriptor(self) -> int:
-        """Of an open file; a process that keeps it open keeps the folder."""
-        return self.lock.descriptor
-
-    def holds(self) -> bool:
-        """Whether the folder is still there, and was not removed, or made anew."""
-        return self.lock.holds()
-
-
 @contextmanager
 def claimed(
     folder: Path, study: Study, overrides: Overrides, configs: Mapping[str, CfgNode]
-) -> Iterator[Claim]:
+) -> Iterator[FolderLock]:
     """Work in a folder alone and on one study; seeds, runs and evaluations can be added to it.
 
     Args:
@@ -60,6 +38,9 @@ def claimed(
         study: the study.
         overrides: of the command line.
         configs: of the training of each run.
+
+    Yields:
+        The lock of the folder; a process that keeps its descriptor open keeps the folder.
 
     Raises:
         ConfigError: the folder has results of another study or of other settings, or another
@@ -73,7 +54,7 @@ def claimed(
     try:
         settings = check_folder(folder, study, overrides, configs)
         write_json(folder / _RECORD, settings)
-        yield Claim(folder, lock)
+        yield lock
     finally:
         lock.release()
 

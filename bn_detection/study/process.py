@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
@@ -89,19 +88,15 @@ def run_and_record(
             # One thread only here, so that nothing can be locked in the child.
             preexec_fn=lambda: _end_with(this),
         )
-
-        def pass_on(signum: int, _frame: FrameType | None) -> None:
-            process.send_signal(signum)
-
-        signal.signal(signal.SIGTERM, pass_on)
-        status = None
-        while status is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                status = process.wait(_NOTE_SECONDS)
-            seconds = round(time.monotonic() - start, 1)
-            # For the next attempt, also if this is killed.
-            with contextlib.suppress(OSError):
-                write_json(noted, seconds)
+    signal.signal(signal.SIGTERM, lambda signum, _: process.send_signal(signum))
+    status = None
+    while status is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = process.wait(_NOTE_SECONDS)
+        seconds = round(time.monotonic() - start, 1)
+        # For the next attempt, also if this is killed.
+        with contextlib.suppress(OSError):
+            write_json(noted, seconds)
     if status == 0:
         write_json(record, {"command": list(command), "seconds": seconds})
         noted.unlink(missing_ok=True)
@@ -119,20 +114,15 @@ def _end_with(parent: int) -> None:
 
 def _main() -> int:
     task = json.loads(sys.argv[1])
-    if task["parent"] is not None:
-        _end_with(task["parent"])
-    log = Path(task["log"])
+    if (parent := task.pop("parent")) is not None:
+        _end_with(parent)
+    task |= {name: Path(task[name]) for name in ("log", "record")}
+    task["leftovers"] = [Path(path) for path in task["leftovers"]]
     try:
-        return run_and_record(
-            task["command"],
-            log,
-            Path(task["record"]),
-            [Path(path) for path in task["leftovers"]],
-            keep=task["keep"],
-        )
+        return run_and_record(**task)
     except OSError as error:
         # On a full disk the exit status alone says why.
-        with contextlib.suppress(OSError), log.open("a") as file:
+        with contextlib.suppress(OSError), task["log"].open("a") as file:
             file.write(f"error: {error}\n")
         return errno.ENOSPC if error.errno in (errno.ENOSPC, errno.EDQUOT) else 1
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from .estimates import Estimate, paired_difference
 from .figures import fewer_seeds, in_words
 from .results import BOX_AP, HEADLINES, LEAKAGES, PHASES, StudyResults, unit
-from .statistics import Estimate, paired_difference
 
 _MOST_NAMED = 8
 

@@ -14,6 +14,7 @@ from tabulate import tabulate
 
 from ..files import replacing
 from ..page import figure, render
+from .estimates import Estimate
 from .figures import Drawn, draw_all, fewer_seeds, in_words
 from .folder import write_json
 from .matrix import Cell, Failure
@@ -27,7 +28,6 @@ from .results import (
     decimals,
     unit,
 )
-from .statistics import Estimate
 from .study_file import Evaluation, Overrides, Study
 
 _MODES = ("own image", "own worker", "shuffled", "population")

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from .estimates import Estimate, estimate, paired_difference
 from .matrix import Cell
-from .statistics import Estimate, estimate, paired_difference
 from .study_file import Study
 
 PHASES = {"first half of training": (0.0, 0.5), "last fifth of training": (0.8, 1.0)}

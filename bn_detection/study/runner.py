@@ -70,18 +70,18 @@ def run_study(
         check_folder(folder, study, options, planned.configs)
         _list_tasks(planned.tasks, runs_tasks)
         return None
-    with _sigterm_ends(), claimed(folder, study, options, planned.configs) as claim:
+    with _sigterm_ends(), claimed(folder, study, options, planned.configs) as lock:
         print(f"{study.name}: {study.about}\n", flush=True)
-        failed = execute(planned.tasks, runs_tasks, claim)
+        failed = execute(planned.tasks, runs_tasks, lock)
         done = {cell: path for cell, (task, path) in planned.results.items() if task not in failed}
         # Those that were left out for what they need have no log.
         failures = [Failure(task.title, task.log) for task in failed if task.needs not in failed]
-        numbers = write_report(study, done, folder, failures)
-    print(f"\nDone in {time.monotonic() - start:.0f} s. Numbers: {numbers}")
+        numbers = write_report(study, done, folder, failures) if done else None
     if failed:
         logs = [f"\n  {failure.title}: see {failure.log}" for failure in failures]
         number = len(planned.tasks)
         raise RuntimeError(f"{len(failed)} of {number} tasks are not done.{''.join(logs)}")
+    print(f"\nDone in {time.monotonic() - start:.0f} s. Numbers: {numbers}")
     return numbers
 
 

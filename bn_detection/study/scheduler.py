@@ -5,15 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
+from ..files import FolderLock
 from .display import Display, Running
 from .executors import Executor, SubmissionError, is_done
-from .folder import Claim
 from .matrix import Task
 
 _TAIL_LINES = 30
@@ -30,7 +30,7 @@ class FolderError(RuntimeError):
 def execute(
     tasks: Sequence[Task],
     executor: Executor,
-    claim: Claim | None = None,
+    lock: FolderLock | None = None,
     *,
     display: Display | None = None,
 ) -> list[Task]:
@@ -43,7 +43,7 @@ def execute(
     Args:
         tasks: each after the one that it needs.
         executor: runs them.
-        claim: on the folder of the study, which the tasks share; looked at every second.
+        lock: of the folder of the study, which the tasks share; looked at every second.
         display: shows them.
 
     Returns:
@@ -54,24 +54,23 @@ def execute(
         SubmissionError: nothing could be submitted.
         KeyboardInterrupt: Ctrl-C. As after any other error, jobs of Slurm go on.
     """
-    scheduler = _Scheduler(tasks, executor, claim, display or Display())
+    scheduler = _Scheduler(tasks, executor, lock, display or Display())
     try:
         with scheduler.display:
             scheduler.run()
-    except (KeyboardInterrupt, SystemExit):
-        left = executor.leave()
-        done = len(scheduler.seconds)
-        print(
-            f"\nInterrupted. {done} of {len(tasks)} tasks are done, and kept; a training goes on "
-            f"from its last checkpoint. {left}The same command goes on from here.",
-            flush=True,
-        )
-        raise
     except FolderError:
         executor.cancel()
         raise
-    except BaseException:
-        if left := executor.leave():
+    except BaseException as error:
+        left = executor.leave()
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            print(
+                f"\nInterrupted. {len(scheduler.seconds)} of {len(tasks)} tasks are done, and "
+                f"kept; a training goes on from its last checkpoint. {left}The same command goes "
+                "on from here.",
+                flush=True,
+            )
+        elif left:
             print(f"\nEnded by an error. {left}", flush=True)
         raise
     return [task for task in tasks if task in scheduler.failed]
@@ -79,17 +78,13 @@ def execute(
 
 class _Scheduler:
     def __init__(
-        self,
-        tasks: Sequence[Task],
-        executor: Executor,
-        claim: Claim | None,
-        display: Display,
+        self, tasks: Sequence[Task], executor: Executor, lock: FolderLock | None, display: Display
     ) -> None:
         self.display = display
         self.failed: set[Task] = set()
         # Of those that are done.
         self.seconds: dict[Task, float] = {}
-        self._tasks, self._executor, self._claim = tasks, executor, claim
+        self._executor, self._lock = executor, lock
         self._titles = {
             task: f"[{number} of {len(tasks)}] {task.title}" for number, task in enumerate(tasks, 1)
         }
@@ -120,8 +115,7 @@ class _Scheduler:
         for task in list(self._waiting):
             if is_done(task):
                 self._waiting.remove(task)
-                self._read_record(task)
-                self._say(task, "done before")
+                self._say_done(task, "done before")
             elif task in found:
                 self._set_running(task)
                 self._say(task, f"goes on as {found[task]}")
@@ -133,7 +127,13 @@ class _Scheduler:
             if self._next_try:
                 # Of a submission that failed for want of an answer, the job may be there.
                 self._look()
-            self._start_ready()
+            for task in list(self._waiting):
+                if task.needs in self.failed:
+                    self._waiting.remove(task)
+                    self.failed.add(task)
+                    self._say(task, "left out, for what it needs failed")
+                elif task.needs is None or task.needs in self.seconds:
+                    self._start_one(task)
             self._next_try = None
         except SubmissionError as error:
             if not self._any_started:
@@ -142,21 +142,15 @@ class _Scheduler:
                 print(f"{error}; tried again every {_RETRY_SECONDS:.0f} s", flush=True)
             self._next_try = time.monotonic() + _RETRY_SECONDS
 
-    def _start_ready(self) -> None:
-        for task in list(self._waiting):
-            if task.needs in self.failed:
-                self._waiting.remove(task)
-                self.failed.add(task)
-                self._say(task, "left out, for what it needs failed")
-            elif len(self._running) < self._executor.jobs and (
-                task.needs is None or task.needs in self.seconds
-            ):
-                left = self._time_left()
-                # What an earlier attempt said is not news.
-                task.log.unlink(missing_ok=True)
-                self._executor.start(task, (self._claim.descriptor,) if self._claim else ())
-                print(f"{self._titles[task]}{f' (study: {left})' if left else ''}", flush=True)
-                self._set_running(task)
+    def _start_one(self, task: Task) -> None:
+        if len(self._running) >= self._executor.jobs:
+            return
+        left = self._time_left()
+        # What an earlier attempt said is not news.
+        task.log.unlink(missing_ok=True)
+        self._executor.start(task, (self._lock.descriptor,) if self._lock else ())
+        print(f"{self._titles[task]}{left and f' (study: {left})'}", flush=True)
+        self._set_running(task)
 
     def _set_running(self, task: Task) -> None:
         self._waiting.remove(task)
@@ -165,18 +159,15 @@ class _Scheduler:
 
     def _end(self, task: Task, running: Running, status: int) -> None:
         if status == 0:
-            self._read_record(task)
-            self._say(task, f"done in {running.seconds:.0f} s")
+            self._say_done(task, f"done in {running.seconds:.0f} s")
             return
         self._check_folder(at_once=True)
         self.failed.add(task)
         self._executor.explain(task)
         lines = task.log.read_text(errors="replace").splitlines() if task.log.exists() else []
         tail = "\n".join(lines[-_TAIL_LINES:])
-        print(
-            f"error: {self._titles[task]} failed ({status}); the end of {task.log}:\n{tail}\n",
-            flush=True,
-        )
+        title = self._titles[task]
+        print(f"error: {title} failed ({status}); the end of {task.log}:\n{tail}\n", flush=True)
         # Whatever was told: a full disk may have cut the log too.
         if _is_full(task.record.parent):
             raise FolderError(
@@ -188,23 +179,23 @@ class _Scheduler:
         if not at_once and time.monotonic() - self._checked < _CHECK_SECONDS:
             return
         self._checked = time.monotonic()
-        if self._claim and not self._claim.holds():
+        if self._lock and not self._lock.holds():
             raise FolderError(
-                f"{self._claim.folder} was removed, or made anew, while it ran. What ran has "
+                f"{self._lock.path.parent} was removed, or made anew, while it ran. What ran has "
                 "been ended; the same command starts afresh."
             )
 
     def _say(self, task: Task, what: str) -> None:
         print(f"{self._titles[task]}: {what}", flush=True)
 
-    def _read_record(self, task: Task) -> None:
+    def _say_done(self, task: Task, what: str) -> None:
         self.seconds[task] = json.loads(task.record.read_text())["seconds"]
+        self._say(task, what)
 
     def _state(self) -> str:
-        parts = [f"{len(self.seconds)} of {len(self._tasks)} done"]
+        parts = [f"{len(self.seconds)} of {len(self._titles)} done"]
         parts += [f"{len(self.failed)} failed or left out"] if self.failed else []
-        left = self._time_left()
-        return ", ".join([*parts, left] if left else parts)
+        return ", ".join([*parts, left] if (left := self._time_left()) else parts)
 
     def _time_left(self) -> str:
         """What all tasks that are not done will take, once one of each kind is."""
@@ -214,10 +205,8 @@ class _Scheduler:
         missing = {*self._waiting, *self._running}
         if not missing or not all(task.kind in of_kind for task in missing):
             return ""
-        left = 0.0
-        for task in missing:
-            passed = self._running[task].seconds if task in self._running else 0.0
-            left += max(statistics.mean(of_kind[task.kind]) - passed, 0.0)
+        passed = {task: running.seconds for task, running in self._running.items()}
+        left = sum(max(mean(of_kind[task.kind]) - passed.get(task, 0), 0) for task in missing)
         minutes = left / min(self._executor.jobs, len(missing)) / 60
         return f"about {max(minutes, 1):.0f} min left"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bn_detection.study.statistics import estimate, paired_difference
+from bn_detection.study.estimates import estimate, paired_difference
 
 # Extra hours of sleep of ten patients with two drugs: Student, Biometrika 6 (1908), p. 20.
 FIRST = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
