@@ -116,6 +116,12 @@ def add_bn_detection_config(cfg: CN) -> None:
     # Resamples of the images for the 95 % bootstrap intervals.
     cfg.BN.LEAKAGE.RESAMPLES = 1000
 
+    # What a diagnosis finds: tools/diagnose.py.
+    cfg.BN.DIAGNOSIS = CN()
+    # Thresholds in place of those of docs/diagnosis.md: [[id, number], ...], such as
+    # [["BN201", 2.0]]; one that nothing reaches, such as 1e9, switches a finding off.
+    cfg.BN.DIAGNOSIS.THRESHOLDS = []
+
     cfg.BN.SHUFFLE = CN()
     # What "ShuffleBN" sends between workers: "statistics" (of each random group), or "features"
     # (the RoIs themselves, to the worker of their group, and back; registered heads only).

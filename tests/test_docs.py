@@ -14,11 +14,13 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from distributed import run_workers
 from reference import CHANNELS, assert_close, reference_step, samples, set_affine, step
+from test_diagnose import examined, layer
 from torch import Tensor
 
 from bn_detection import PartitionedBatchNorm2d, add_bn_detection_config
 from bn_detection.engine import argument_parser
 from bn_detection.heads import norm_names
+from bn_detection.leakage.findings import conclude, rules
 from bn_detection.norm import partition, set_rows_per_image
 
 ROOT = Path(__file__).parents[1]
@@ -138,6 +140,18 @@ def test_figures_are_those_that_the_script_draws(tmp_path: Path) -> None:
     drawn = {path.name for path in tmp_path.iterdir()}
     shown = set(re.findall(r"images/(idea_\w+\.svg)", (ROOT / "docs" / "idea.md").read_text()))
     assert drawn == shown == {path.name for path in (ROOT / "docs/images").glob("idea_*.svg")}
+
+
+def test_documented_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "_REGISTRY", dict(rules._REGISTRY))
+    exec("\n".join(blocks(ROOT / "docs" / "adding_a_finding.md", "python")), {})
+    small = [layer(values_per_batch=number) for number in (9.0, 100.0)]
+    (found,), _ = conclude(examined(layers=small))
+    assert (found.id, found.severity, len(found.layers)) == ("MY101", "finding", 1)
+    assert found.evidence[0].value == 9
+    assert found.fix == {"BN": {"CONVERT": [["*", "SyncBN"]]}}
+    more = ("BN.DIAGNOSIS.THRESHOLDS", [["MY101", 5]])
+    assert conclude(examined(layers=small, more=more))[0] == []
 
 
 @pytest.fixture

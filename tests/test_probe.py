@@ -35,6 +35,7 @@ from bn_detection.engine import (
     probe,
 )
 from bn_detection.engine.setup import register_datasets
+from bn_detection.estimate import Ratio, resample
 from bn_detection.leakage import Estimate, images_per_worker, measure_leakage
 from bn_detection.leakage.average_precision import AveragePrecision
 from bn_detection.leakage.batches import (
@@ -43,7 +44,6 @@ from bn_detection.leakage.batches import (
     normalizing,
     run_in_batches,
 )
-from bn_detection.leakage.intervals import Ratio, resample
 from bn_detection.leakage.rois import receptive_margin, sample_rois
 
 IMAGES = 5

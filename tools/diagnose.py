@@ -4,7 +4,7 @@
 python tools/diagnose.py --config-file configs/quickstart/mask_rcnn_bn.yaml --num-gpus 2 --quick \\
     MODEL.WEIGHTS output/demo/BN/model_final.pth
 
-The exit status is 0 without findings, 1 with findings, and 2 after an error.
+The exit status is 0 without findings, 1 with findings (--fail-on), and 2 after an error.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Sequence
 
 from bn_detection.engine import add_common_flags, diagnose, preflight_diagnosis, run
+from bn_detection.report_flags import add_report_flags
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,6 +41,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output-dir", help="default: OUTPUT_DIR/diagnosis_<checkpoint>")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier diagnosis")
+    add_report_flags(parser)
     add_common_flags(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
     parser.set_defaults(num_gpus=1, num_machines=1, machine_rank=0, dist_url="auto")

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.layers import get_norm
+from detectron2.layers import FrozenBatchNorm2d, get_norm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d as TorchvisionFrozenBatchNorm2d
 
 from ..norm import (
     Groups,
@@ -23,6 +24,9 @@ from ..norm import (
     plan_exchange,
     set_clock,
 )
+
+FROZEN = (FrozenBatchNorm2d, TorchvisionFrozenBatchNorm2d)
+"""The classes of BN layers whose statistics never move."""
 
 SHUFFLE_MODES = ("statistics", "features")
 

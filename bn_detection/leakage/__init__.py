@@ -1,6 +1,6 @@
 """What leaks between the RoIs of an image through a normalization batch: measured, and bounded."""
 
-from .intervals import Estimate
+from ..estimate import Estimate
 from .limits import LimitComparison, sampled_accuracy_limit
 from .probe import (
     LeakageReport,

@@ -14,7 +14,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..config import ConfigError
 from ..data import LeakyShapesConfig, draw_shape, honest_accuracy_limit
-from .intervals import Estimate
+from ..estimate import Estimate
 
 _SAMPLES = 500
 # Characters of an annotation file in which LeakyShapes says what it is; COCO's may be large.

@@ -30,10 +30,11 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from ..config import ConfigError
 from ..data import LeakyShapesConfig
+from ..estimate import Estimate, Ratio, resample
+from ..metrics import PROBE
 from ..population import untouched
 from .average_precision import AveragePrecision
 from .batches import MODES, batch_norms, normalization_batches, normalizing, run_in_batches
-from .intervals import Estimate, Ratio, resample
 from .limits import LimitComparison, compare_with_limit, leaky_shapes_config
 from .rois import (
     ImageRois,
@@ -123,8 +124,12 @@ class LeakageReport:
             )
         return text
 
-    def table(self) -> str:
-        """For a terminal: a row a mode and a difference, a column a metric."""
+    def table(self, style: str = "simple") -> str:
+        """A row a mode and a difference, a column a metric.
+
+        Args:
+            style: of the package ``tabulate``.
+        """
         rows = {**self.modes, "leakage": self.leakage, "inconsistency": self.inconsistency}
         names = {"leakage": "leakage = own_worker - shuffled"}
         names["inconsistency"] = "inconsistency = own_worker - population"
@@ -132,21 +137,12 @@ class LeakageReport:
         body = [
             (
                 names.get(row, row),
-                *(values[metric].text(3 if "loss" in metric else 1) for metric in metrics),
+                *(values[metric].text(PROBE[metric].decimals) for metric in metrics),
             )
             for row, values in rows.items()
         ]
-        return tabulate(body, ("normalization batch", *(_TITLES[metric] for metric in metrics)))
-
-
-_TITLES = {
-    "accuracy": "foreground accuracy, %",
-    "loss": "loss, nats/RoI",
-    "box_ap": "box AP (sampler's RoIs)",
-    "mask_accuracy": "mask accuracy, %",
-    "mask_loss": "mask loss, nats/pixel",
-    "mask_ap": "mask AP (sampler's RoIs)",
-}
+        titles = (PROBE[metric].title for metric in metrics)
+        return tabulate(body, ("normalization batch", *titles), style)
 
 
 def measure_leakage(cfg: CfgNode, model: nn.Module, *, num_workers: int = 1) -> LeakageReport:

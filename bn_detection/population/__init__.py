@@ -11,7 +11,7 @@ from .collect import (
 from .estimators import ESTIMATORS, PopulationStatistics
 from .freeze import AFFINE, FreezeStatistics
 from .hook import PreciseStatistics, estimate_statistics
-from .layers import describe_batch_norms
+from .layers import SYNC_BATCH_NORMS, describe_batch_norms
 from .trace import TraceStatistics, read_trace
 from .untouched import untouched
 
@@ -19,6 +19,7 @@ __all__ = [
     "AFFINE",
     "ESTIMATORS",
     "ROIS",
+    "SYNC_BATCH_NORMS",
     "AverageStatistics",
     "FreezeStatistics",
     "PopulationStatistics",

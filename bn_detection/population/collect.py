@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 from torch import Tensor, nn
 
@@ -35,6 +34,7 @@ from ..norm import (
     world_size,
 )
 from .estimators import ESTIMATORS, Estimator, PopulationStatistics
+from .layers import SYNC_BATCH_NORMS
 from .untouched import untouched
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,6 @@ _LOG_SECONDS = 10.0
 
 # Of ROI heads whose mask and keypoint heads come last, and can be switched off.
 _FORWARDS_OF_ROI_HEADS = (StandardROIHeads.forward, CascadeROIHeads.forward)
-_SYNC_BATCH_NORMS = (nn.SyncBatchNorm, NaiveSyncBatchNorm)
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
@@ -185,7 +184,7 @@ def all_reduce_of_stock(layer: nn.Module, owner: str) -> Callable[[Tensor], Tens
         layer: a BN layer.
         owner: names it in errors.
     """
-    spans = isinstance(layer, _SYNC_BATCH_NORMS) and world_size() > 1
+    spans = isinstance(layer, SYNC_BATCH_NORMS) and world_size() > 1
     return Collectives(owner).all_reduce if spans else None
 
 
@@ -439,7 +438,7 @@ def _calls_collectives(model: nn.Module) -> bool:
             continue
         of_partition = isinstance(module, PartitionedBatchNorm2d) and module.partition.spans_workers
         of_scope = any(isinstance(v, Scope) and v.needs_counts for v in vars(module).values())
-        if of_partition or of_scope or isinstance(module, _SYNC_BATCH_NORMS):
+        if of_partition or of_scope or isinstance(module, SYNC_BATCH_NORMS):
             return True
     return False
 
