@@ -593,6 +593,8 @@ def test_keys_of_other_projects_are_named_and_passed_over(data: Path, tmp_path: 
         f"_BASE_: {CONFIG}\nTHEIRS: {{DEPTH: 2}}\nMODEL: {{ROI_HEADS: {{THEIR_KEY: x}}}}\n"
     )
     more = ("MODEL.ROI_BOX_HEAD.NORM", "GN", "MODEL.ROI_MASK_HEAD.NORM", "GN", "MODEL.WEIGHTS", "")
+    flags = ("--fail-on", "note")
+    assert tool(data, tmp_path / "noted", *more, config_file=config_file, flags=flags) == 1
     assert tool(data, tmp_path / "out", *more, config_file=config_file) == 0
     (note,) = result(tmp_path / "out")["notes"]
     assert note["title"].endswith("MODEL.ROI_HEADS.THEIR_KEY, THEIRS, THEIRS.DEPTH.")
@@ -633,6 +635,20 @@ def test_an_error_is_no_finding() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2
     assert "error: --config-file nowhere.yaml" in done.stderr
+
+
+@pytest.mark.timeout(200)
+def test_json_alone_is_on_stdout(data: Path, tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "tools" / "diagnose.py", "--config-file", CONFIG]
+    command += ["--output-dir", tmp_path / "out", "--images", 4, "--format", "json"]
+    command += ["--fail-on", "never", *overrides(data, tmp_path / "out")]
+    command += ["MODEL.WEIGHTS", data / "weights.pth"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=190)
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)
+    assert printed == result(tmp_path / "out")
+    assert printed["findings"]
+    assert "Wrote" in done.stderr
 
 
 @pytest.mark.timeout(200)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -18,10 +19,11 @@ from test_diagnose import examined, layer
 from torch import Tensor
 
 from bn_detection import PartitionedBatchNorm2d, add_bn_detection_config
-from bn_detection.engine import argument_parser
+from bn_detection.engine import add_common_flags, argument_parser
 from bn_detection.heads import norm_names
 from bn_detection.leakage.findings import conclude, rules
 from bn_detection.norm import partition, set_rows_per_image
+from bn_detection.report_flags import add_report_flags
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -86,11 +88,14 @@ def test_paths_exist(page: Path) -> None:
 
 @every_page
 def test_commands_have_these_flags(page: Path) -> None:
-    shared = set(argument_parser()._option_string_actions)
+    shared = {"argument_parser": argument_parser()}
+    for add in (add_common_flags, add_report_flags):
+        add(shared.setdefault(add.__name__, argparse.ArgumentParser()))
     for script, arguments in commands(page):
         source = (ROOT / script).read_text()
         known = set(re.findall(r'"(--[\w-]+)"', source)) | {"--help"}
-        known |= shared if "argument_parser" in source else set()
+        for name, parser in shared.items():
+            known |= set(parser._option_string_actions) if name in source else set()
         flags = {word.split("=")[0] for word in arguments if word.startswith("--")}
         assert flags <= known, f"{page.name}: {script} has no {flags - known}"
 
