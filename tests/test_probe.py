@@ -197,7 +197,7 @@ def test_heads_without_batch_statistics_leak_nothing(data: Path) -> None:
     assert {*report.modes["shuffled"]} == {"accuracy", "loss", "box_ap"}
     for differences in (report.leakage, report.inconsistency):
         assert all(
-            vars(value) == {"value": 0, "low": 0, "high": 0} for value in differences.values()
+            value.to_json() == {"value": 0, "low": 0, "high": 0} for value in differences.values()
         )
 
 

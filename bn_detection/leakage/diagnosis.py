@@ -12,7 +12,7 @@ from tabulate import tabulate
 from ..metrics import DISTANCES
 from .findings import Finding, as_yaml, combined
 from .layers import LayerReport
-from .probe import LeakageReport
+from .report import LeakageReport
 
 SCHEMA = 1
 """Of ``diagnosis.json``: raised when a key goes, or comes to mean something else."""

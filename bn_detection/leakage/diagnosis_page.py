@@ -11,7 +11,7 @@ from ..page import COLORS, figure, new_figure, render
 from .batches import MODES
 from .diagnosis import Diagnosis, by_distance
 from .layers import LayerReport
-from .probe import LeakageReport
+from .report import LeakageReport
 
 _LAYERS_DRAWN = 40
 _DRAWN = {
