@@ -118,6 +118,8 @@ class Ratio:
 
     def __call__(self, weights: NDArray[np.int64]) -> NDArray[np.float64]:
         """Args: weights: ``(B, I)``. Returns ``(B,)``, NaN where the denominator is 0."""
-        below = weights @ self.denominator.astype(float)
+        below: NDArray[np.float64] = weights @ self.denominator.astype(float)
         above = weights @ self.numerator.astype(float)
-        return np.divide(above, below, out=np.full(len(below), np.nan), where=below > 0)
+        ratio = np.full(len(below), np.nan)
+        np.divide(above, below, out=ratio, where=below > 0)
+        return ratio

@@ -261,8 +261,8 @@ _POOLED = ESTIMATORS["pooled"]
 
 
 def _population(parts: Tensor) -> PopulationStatistics:
-    *statistics, count = _POOLED.estimate(parts)
-    return PopulationStatistics(*statistics, int(count[0]))
+    mean, var, mean_error, var_error, count = _POOLED.estimate(parts)
+    return PopulationStatistics(mean, var, mean_error, var_error, int(count[0]))
 
 
 def _batch_norms(model: nn.Module) -> dict[str, nn.Module]:
@@ -273,8 +273,8 @@ def _batch_norms(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _describe(model: nn.Module, name: str, layer: nn.Module) -> LayerReport:
-    owner = model.get_submodule(name.rpartition(".")[0])
+def _describe(model: nn.Module, name: str, layer: Any) -> LayerReport:
+    owner: Any = model.get_submodule(name.rpartition(".")[0])
     trains = isinstance(layer, _BatchNorm) and layer.training
     mean, var = layer.running_mean, layer.running_var
     # Detectron2 builds FrozenBN with the variance 1 - eps.
@@ -325,9 +325,7 @@ def _share_everything(module: LevelBatchNorm2d) -> bool:
     return module.options.train == module.options.population == "shared"
 
 
-def _measure(
-    report: LayerReport, layer: nn.Module, precise: PopulationStatistics, seen: _Inputs
-) -> None:
+def _measure(report: LayerReport, layer: Any, precise: PopulationStatistics, seen: _Inputs) -> None:
     name, eps = report.name, layer.eps
     no_variance = precise.var < _DEAD_VARIANCE * eps
     no_weight = torch.zeros_like(no_variance)
@@ -343,8 +341,9 @@ def _measure(
         return
 
     def distance(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
-        change = change_between(tuple(t[alive] for t in one), tuple(t[alive] for t in other), eps)
-        return change.rms
+        (mean, var), (other_mean, other_var) = one, other
+        old, new = (mean[alive], var[alive]), (other_mean[alive], other_var[alive])
+        return change_between(old, new, eps).rms
 
     truth = (precise.mean, precise.var)
     has = (layer.running_mean.double(), layer.running_var.double())

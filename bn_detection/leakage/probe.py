@@ -57,7 +57,8 @@ def measure_leakage(cfg: CfgNode, model: nn.Module, *, num_workers: int = 1) -> 
     check_probe(cfg, model)
     per_worker = images_per_worker(cfg, num_workers)
     records = _choose(cfg, per_worker)
-    name, heads = cfg.DATASETS.TEST[0], model.roi_heads
+    name: str = cfg.DATASETS.TEST[0]
+    heads: Any = model.roi_heads
     left_out = _left_out(heads, name, records)
     mask = heads.mask_head if _has_bn(heads, "mask") and MASK_HEAD not in left_out else None
     scores = Scores(model, mask, per_worker)
@@ -92,7 +93,7 @@ def check_probe(cfg: CfgNode, model: nn.Module) -> None:
         ConfigError: names the class or key.
     """
     check_probe_config(cfg)
-    heads = getattr(model, "roi_heads", None)
+    heads: Any = getattr(model, "roi_heads", None)
     parts = {
         "the model": (model, GeneralizedRCNN),
         "its proposal generator": (getattr(model, "proposal_generator", None), RPN),
@@ -122,10 +123,10 @@ def images_per_worker(cfg: CfgNode, num_workers: int) -> int:
         ConfigError: the images cannot be divided among the workers.
     """
     if cfg.BN.LEAKAGE.IMAGES_PER_WORKER:
-        return cfg.BN.LEAKAGE.IMAGES_PER_WORKER
+        return int(cfg.BN.LEAKAGE.IMAGES_PER_WORKER)
     workers, images = cfg.BN.VIRTUAL_WORKERS or num_workers, cfg.SOLVER.IMS_PER_BATCH
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE or num_workers
-    per_worker, left = divmod(images * num_workers, reference * workers)
+    per_worker, left = map(int, divmod(images * num_workers, reference * workers))
     if left:
         scaled = "" if reference == num_workers else f" (SOLVER.REFERENCE_WORLD_SIZE {reference})"
         raise ConfigError(

@@ -106,4 +106,4 @@ class LeakageReport:
             for row, values in rows.items()
         ]
         titles = (PROBE[metric].title for metric in metrics)
-        return tabulate(body, ("normalization batch", *titles), style)
+        return str(tabulate(body, ("normalization batch", *titles), style))

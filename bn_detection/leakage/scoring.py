@@ -95,7 +95,7 @@ class Scores:
         for mode, kept in self._of.items():
             logits, deltas = self._run(self._box, batch.box_features, batch.counts, mode, kept)
             kept_boxes = self._score_boxes(batch, logits, deltas, kept)
-            if self._mask is not None and sum(batch.foreground_counts):
+            if self._mask is not None and any(batch.foreground_counts):
                 (masks,) = self._run(
                     self._mask, batch.mask_features, batch.foreground_counts, mode, None
                 )
@@ -107,7 +107,7 @@ class Scores:
 
     def _run(
         self,
-        head: nn.Module,
+        head: Any,
         features: Tensor,
         counts: list[int],
         mode: str,
@@ -137,7 +137,9 @@ class Scores:
         correct = (logits.argmax(1) == batch.classes) & batch.foreground
         values = {"loss": loss, "correct": correct, "alone_correct": correct & batch.alone}
         for name, of_rois in values.items():
-            kept.put(name, (of_image.sum().item() for of_image in of_rois.split(batch.counts)))
+            kept.put(
+                name, (of_image.sum().item() for of_image in torch.split(of_rois, batch.counts))
+            )
         found, rows = self._heads.box_predictor.inference((logits, deltas), batch.proposals)
         for image, instances in zip(batch.images, found, strict=True):
             copied = Instances(instances.image_size, **instances.get_fields())
@@ -164,9 +166,9 @@ class Scores:
             "pixels": torch.ones_like(targets),
         }
         for name, of_pixels in values.items():
-            of_images = of_pixels.sum((1, 2)).split(batch.foreground_counts)
+            of_images = torch.split(of_pixels.sum((1, 2)), batch.foreground_counts)
             kept.put(name, (of_image.sum().item() for of_image in of_images))
-        of_images = masks.split(batch.foreground_counts)
+        of_images = torch.split(masks, batch.foreground_counts)
         everything = zip(batch.images, batch.window, found, of_images, strict=True)
         for image, rois, (instances, of_rows), of_image in everything:
             kept.masks += mask_detections(image, rois, instances, of_rows, of_image)
@@ -250,9 +252,8 @@ class Window:
         self.classes = torch.cat([image.proposals.gt_classes for image in window])
         self.foreground = torch.cat([image.foreground for image in window])
         self.foreground_counts = [int(image.foreground.sum()) for image in window]
-        self.mask_features: Tensor | None = None
-        if window[0].mask_features is not None:
-            self.mask_features = torch.cat([image.mask_features for image in window])
+        of_masks = [x.mask_features for x in window if x.mask_features is not None]
+        self.mask_features = torch.cat(of_masks) if of_masks else self.box_features[:0]
         self.alone = torch.zeros_like(self.foreground)
         self._targets: Tensor | None = None
 
