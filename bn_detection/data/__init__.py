@@ -11,13 +11,9 @@ from .coco_json import (
 )
 from .corruptions import CORRUPTIONS, read_corrupted_name, register_corrupted
 from .image_folder import IMAGE_SUFFIXES, register_image_folder
-from .leaky_shapes import (
-    LeakyShapesConfig,
-    draw_image,
-    draw_shape,
-    honest_accuracy_limit,
-    make_leaky_shapes,
-)
+from .leaky_dials import LeakyShapesConfig, honest_accuracy_limit
+from .leaky_drawing import draw_image, draw_shape
+from .leaky_shapes import make_leaky_shapes
 from .loaders import build_test_loader, build_train_loader
 from .registration import register_datasets
 from .single_pass import SinglePassLoader
