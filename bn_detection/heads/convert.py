@@ -40,6 +40,7 @@ _NORM_LAYERS = (
     *(_BatchNorm, *FROZEN),
     *(nn.GroupNorm, nn.InstanceNorm2d, ChannelLayerNorm, LayerNorm2d),
 )
+_PACKAGE = f"{__package__}."
 #: Norms of feature maps alone.
 _OF_MAPS = ("IN", "FrozenBN")
 
@@ -133,11 +134,12 @@ def to_plain_batch_norm(model: nn.Module) -> nn.Module:
     """Replace this project's BN layers by those of torch and Detectron2, in place.
 
     A :class:`PartitionedBatchNorm2d` becomes an ``nn.BatchNorm2d``; a :class:`LevelBatchNorm2d`
-    becomes a ``CycleBatchNormList``, and statistics that its levels share are copied to each. The
-    parameters and buffers are otherwise the same objects, so optimizers stay valid; the hooks of
-    shared groups and RoI shuffling are removed. The model can then be exported, traced, and loaded
-    without this package. In training it is BN per worker (and level); at inference it uses the
-    population statistics.
+    becomes a ``CycleBatchNormList``, and statistics that its levels share are copied to each. A
+    registered head becomes Detectron2's; a subclass of your own keeps its class. The parameters and
+    buffers are otherwise the same objects, so optimizers stay valid; the hooks of shared groups and
+    RoI shuffling are removed. The model can then be exported, scripted, traced, and loaded without
+    this package. In training it is BN per worker (and level); at inference it uses the population
+    statistics.
 
     Args:
         model: the model to change.
@@ -160,6 +162,10 @@ def to_plain_batch_norm(model: nn.Module) -> nn.Module:
                 value.detach()
                 if not isinstance(module, PartitionedBatchNorm2d):
                     setattr(module, key, None)
+        if isinstance(module, PartitionedHead) and type(module).__module__.startswith(_PACKAGE):
+            # Its own forward has nothing left to do, and torch.jit.script cannot read it.
+            bases = (c for c in type(module).__mro__ if not issubclass(c, PartitionedHead))
+            module.__class__ = next(bases)
     return replace_layers(model, lambda _, layer: _plain(layer))
 
 
