@@ -52,7 +52,7 @@ def add_bn_detection_config(cfg: CN) -> None:
     # averages those of workers.
     cfg.BN.VIRTUAL_LOSSES = False
 
-    # Population statistics for evaluations and checkpoints.
+    # The population statistics that inference uses.
     cfg.BN.POPULATION = CN()
     # "ema" (the running statistics of training), "pooled" (mean and variance of all values
     # together), "mean_of_variances" (the average over batches), or "fvcore" (Detectron2's own
@@ -62,7 +62,8 @@ def add_bn_detection_config(cfg: CN) -> None:
     cfg.BN.POPULATION.NUM_SAMPLES = 2000
     # Images a batch over all workers; 0 for SOLVER.IMS_PER_BATCH.
     cfg.BN.POPULATION.BATCH_SIZE = 0
-    # Iterations between estimates; 0 for TEST.EVAL_PERIOD. The last iteration always has one.
+    # Iterations between estimates; 0 for one before each evaluation and each checkpoint. The last
+    # iteration always has one. A checkpoint without one has the running averages since the last.
     cfg.BN.POPULATION.PERIOD = 0
     # If positive, stop before NUM_SAMPLES when the relative standard error of every layer is below.
     cfg.BN.POPULATION.TOLERANCE = 0.0

@@ -1,4 +1,4 @@
-"""Precise population statistics before each evaluation and checkpoint."""
+"""Precise population statistics, estimated in the course of a training."""
 
 from __future__ import annotations
 
