@@ -6,6 +6,7 @@ Measurements on the same images are paired: they are resampled together.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,17 @@ class Estimate:
     def has_interval(self) -> bool:
         """Whether there is an interval."""
         return math.isfinite(self.low)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Estimate:
+        """From what :meth:`to_json` gives; what is null or not there is NaN."""
+        ends = (record.get(key) for key in ("value", "low", "high"))
+        return cls(*(math.nan if end is None else end for end in ends))
+
+    @property
+    def sign(self) -> int | None:
+        """1 where the interval is above zero, -1 below, 0 where it has zero, None without one."""
+        return int(self.low > 0) - int(self.high < 0) if self.has_interval else None
 
     @property
     def half_width(self) -> float:
