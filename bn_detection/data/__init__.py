@@ -1,5 +1,6 @@
 """Datasets: the generator of LeakyShapes, COCO-format files from a config, and loaders."""
 
+from ..dials import LeakyShapesConfig, honest_accuracy_limit
 from .builtin import LEAKY_SHAPES, register_builtin
 from .coco_json import (
     check_dataset_files,
@@ -11,7 +12,6 @@ from .coco_json import (
 )
 from .corruptions import CORRUPTIONS, read_corrupted_name, register_corrupted
 from .image_folder import IMAGE_SUFFIXES, register_image_folder
-from .leaky_dials import LeakyShapesConfig, honest_accuracy_limit
 from .leaky_drawing import draw_image, draw_shape
 from .leaky_shapes import make_leaky_shapes
 from .loaders import build_test_loader, build_train_loader

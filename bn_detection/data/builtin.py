@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..dials import LeakyShapesConfig
 from .coco_json import register_coco_json
-from .leaky_dials import LeakyShapesConfig
 from .leaky_shapes import make_leaky_shapes
 
 _SPLITS = {"train": 1000, "val": 150}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..config import ConfigError
-from .leaky_dials import LeakyShapesConfig
+from ..dials import LeakyShapesConfig
 
 _LAYOUT_ATTEMPTS = 200
 _POLYGON_VERTICES = 32  # a multiple of 4, so that the extremes of a shape are vertices

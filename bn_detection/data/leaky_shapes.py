@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..config import ConfigError
-from .leaky_dials import LeakyShapesConfig
+from ..dials import LeakyShapesConfig
 from .leaky_drawing import draw_image
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""The dials of LeakyShapes, and what one object can tell with them."""
+"""The dials of LeakyShapes, and what one object can tell with them; not with the generator."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..config import ConfigError
+from .config import ConfigError
 
 
 def _dial(default: Any, meaning: str, low: float = 0, high: float = math.inf) -> Any:
@@ -17,7 +17,7 @@ def _dial(default: Any, meaning: str, low: float = 0, high: float = math.inf) ->
 class LeakyShapesConfig:
     """The dials of the generator; brightness is in grey levels (0 to 255), lengths in pixels.
 
-    :func:`draw_image` refuses objects too many or too large to find room.
+    :func:`bn_detection.data.draw_image` refuses objects too many or too large to find room.
 
     Raises:
         ConfigError: a value is out of its range; the message names the field.
