@@ -58,7 +58,7 @@ def add_bn_detection_config(cfg: CfgNode) -> None:
     # averages those of workers.
     cfg.BN.VIRTUAL_LOSSES = False
 
-    # Population statistics for evaluations and checkpoints.
+    # The population statistics that inference uses.
     cfg.BN.POPULATION = CN()
     # "ema" (the running statistics of training), "pooled" (mean and variance of all values
     # together), "mean_of_variances" (the average over batches), or "fvcore" (Detectron2's own
@@ -68,7 +68,8 @@ def add_bn_detection_config(cfg: CfgNode) -> None:
     cfg.BN.POPULATION.NUM_SAMPLES = 2000
     # Images a batch over all workers; 0 for SOLVER.IMS_PER_BATCH.
     cfg.BN.POPULATION.BATCH_SIZE = 0
-    # Iterations between estimates; 0 for TEST.EVAL_PERIOD. The last iteration always has one.
+    # Iterations between estimates; 0 for one before each evaluation and each checkpoint. The last
+    # iteration always has one. A checkpoint without one has the running averages since the last.
     cfg.BN.POPULATION.PERIOD = 0
     # If positive, stop before NUM_SAMPLES when the relative standard error of every layer is below.
     cfg.BN.POPULATION.TOLERANCE = 0.0
@@ -121,6 +122,12 @@ def add_bn_detection_config(cfg: CfgNode) -> None:
     cfg.BN.LEAKAGE.SHUFFLED_IMAGES = 16
     # Resamples of the images for the 95 % bootstrap intervals.
     cfg.BN.LEAKAGE.RESAMPLES = 1000
+
+    # What a diagnosis finds: tools/diagnose.py.
+    cfg.BN.DIAGNOSIS = CN()
+    # Thresholds in place of those of docs/diagnosis.md: [[id, number], ...], such as
+    # [["BN201", 2.0]]; one that nothing reaches, such as 1e9, switches a finding off.
+    cfg.BN.DIAGNOSIS.THRESHOLDS = []
 
     cfg.BN.SHUFFLE = CN()
     # What "ShuffleBN" sends between workers: "statistics" (of each random group), or "features"

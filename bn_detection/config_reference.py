@@ -19,6 +19,7 @@ _PAGES = {
     "BN.LEVELS": ("levels.md",),
     "BN.TRACE": ("population.md#watching-them-the-trace",),
     "BN.LEAKAGE": ("leakage.md", "diagnosis.md"),
+    "BN.DIAGNOSIS": ("diagnosis.md#findings",),
     "BN.SHUFFLE": ("normalization.md#shuffling-without-moving-rois",),
     "BN.GHOST": ("normalization.md",),
     "BN.RENORM": ("normalization.md#batch-renormalization",),

@@ -1,4 +1,4 @@
-"""The dials of LeakyShapes; not with the generator, to be listed without importing it."""
+"""The dials of LeakyShapes, and what one object can tell with them; not with the generator."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from .config import ConfigError
 
 
-def _dial(default: Any, meaning: str) -> Any:
-    return field(default=default, metadata={"help": meaning})
+def _dial(default: Any, meaning: str, low: float = 0, high: float = math.inf) -> Any:
+    return field(default=default, metadata={"help": meaning, "range": (low, high)})
 
 
 @dataclass(frozen=True)
@@ -23,60 +23,43 @@ class LeakyShapesConfig:
         ConfigError: a value is out of its range; the message names the field.
     """
 
-    image_size: int = _dial(128, "side of the square images, px")
-    num_classes: int = _dial(4, "number of classes C")
-    objects_per_image: tuple[int, int] = _dial((6, 9), "fewest and most objects in an image")
-    object_size: tuple[int, int] = _dial((22, 33), "smallest and largest side of an object, px")
+    image_size: int = _dial(128, "side of the square images, px", 8)
+    num_classes: int = _dial(4, "number of classes C", 2)
+    objects_per_image: tuple[int, int] = _dial((6, 9), "fewest and most objects in an image", 1)
+    object_size: tuple[int, int] = _dial((22, 33), "smallest and largest side of an object, px", 8)
     object_scales: int = _dial(
-        1, "octaves of size: an object and its stripes are 1, 2, 4, ... times as large"
+        1, "octaves of size: an object and its stripes are 1, 2, 4, ... times as large", 1
     )
     gap: int = _dial(4, "least distance between the boxes of two objects, px")
-    base_brightness: float = _dial(128.0, "mean brightness of objects")
+    base_brightness: float = _dial(128.0, "mean brightness of objects", 0, 255)
     class_step: float = _dial(22.0, "brightness between two classes (leaky cue); 0 = off")
     cast_std: float = _dial(40.0, "standard deviation of the cast of an image")
     object_std: float = _dial(4.0, "standard deviation of each object's own brightness")
     texture_amplitude: float = _dial(16.0, "amplitude of the stripes (honest cue); 0 = off")
-    texture_period: float = _dial(8.0, "period of the stripes, px")
+    texture_period: float = _dial(8.0, "period of the stripes, px", 2)
     pixel_noise: float = _dial(10.0, "standard deviation of the noise on object pixels")
-    background_mean: float = _dial(110.0, "mean brightness of background pixels")
+    background_mean: float = _dial(110.0, "mean brightness of background pixels", 0, 255)
     background_std: float = _dial(8.0, "standard deviation of background pixels")
     class_correlation: float = _dial(
-        0.0, "probability that an object has its image's shared class, not one of its own"
+        0.0, "probability that an object has its image's shared class, not one of its own", 0, 1
     )
 
     def __post_init__(self) -> None:
         for dial in fields(self):
-            value = getattr(self, dial.name)
-            if isinstance(dial.default, tuple):
-                if not (
-                    isinstance(value, tuple)
-                    and len(value) == 2
-                    and all(isinstance(number, int) for number in value)
-                ):
-                    raise self._error(dial.name, "a tuple of two whole numbers")
-            elif isinstance(dial.default, int) and not isinstance(value, int):
-                raise self._error(dial.name, "a whole number")
-            elif not math.isfinite(value):
-                raise self._error(dial.name, "a finite number")
-        for name in ("objects_per_image", "object_size"):
-            low, high = getattr(self, name)
-            if not 1 <= low <= high:
-                raise self._error(name, "two numbers, 1 <= smallest <= largest")
-        at_least = {"num_classes": 2, "image_size": 8, "texture_period": 2, "object_scales": 1}
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise self._error(name, f"at least {least}")
-        for name in ("base_brightness", "background_mean"):
-            if not 0 <= getattr(self, name) <= 255:
-                raise self._error(name, "from 0 to 255")
-        not_negative = ("gap", "class_step", "cast_std", "object_std", "texture_amplitude")
-        for name in (*not_negative, "pixel_noise", "background_std"):
-            if getattr(self, name) < 0:
-                raise self._error(name, "0 or more")
-        if not 0 <= self.class_correlation <= 1:
-            raise self._error("class_correlation", "from 0 to 1")
-        if self.object_size[0] < 8:
-            raise self._error("object_size", "at least 8 px, for shapes and stripes to show")
+            value, (low, high) = getattr(self, dial.name), dial.metadata["range"]
+            pair = isinstance(dial.default, tuple)
+            whole = pair or isinstance(dial.default, int)
+            numbers = value if pair and isinstance(value, tuple) else (value,)
+            if not (
+                len(numbers) == 1 + pair
+                and all(isinstance(number, int) or not whole for number in numbers)
+                and all(low <= number <= high and math.isfinite(number) for number in numbers)
+                and sorted(numbers) == list(numbers)
+            ):
+                kind = "two whole numbers" if pair else "a whole number" if whole else "a number"
+                order = ", the smaller first" if pair else ""
+                most = "" if high == math.inf else f" and at most {high:g}"
+                raise self._error(dial.name, f"{kind} of at least {low:g}{most}{order}")
         largest = self.object_size[1] << (self.object_scales - 1)
         if largest > self.image_size:
             raise self._error(
@@ -87,3 +70,27 @@ class LeakyShapesConfig:
 
     def _error(self, name: str, right: str) -> ConfigError:
         return ConfigError(f"LeakyShapes {name} is {getattr(self, name)}; it must be {right}.")
+
+
+def honest_accuracy_limit(config: LeakyShapesConfig) -> float:
+    """The best possible accuracy from the brightness of one object, the honest cue being off.
+
+    C Gaussians with equal priors, ``class_step`` apart, whose standard deviation ``s`` joins the
+    cast and the object's own brightness. The best decision is the nearest mean, and is right with
+    probability ``(1 + (C - 1) erf(class_step / (2 sqrt(2) s))) / C``. Pixel noise, clipping and
+    what a network fails to learn can only lower it.
+
+    Args:
+        config: whatever its texture, which is left out of account.
+
+    Returns:
+        A fraction, from 1/C to 1.
+    """
+    spread = math.hypot(config.cast_std, config.object_std)
+    if config.class_step == 0:
+        inside = 0.0
+    elif spread == 0:
+        inside = 1.0
+    else:
+        inside = math.erf(config.class_step / (2 * math.sqrt(2) * spread))
+    return (1 + (config.num_classes - 1) * inside) / config.num_classes

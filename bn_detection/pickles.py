@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import IO, Any
-from unittest import mock
 
 import numpy as np
 import torch
 from detectron2.structures import BoxMode
 
 from .config import one_line
+from .substitutes import substituted
 
 _KINDS = "biufcSU"
 """Of numpy's dtypes: numbers, bools and text, which hold no reference to anything."""
@@ -50,7 +50,7 @@ def only_data(module: ModuleType) -> Iterator[None]:
     """
     plain = SimpleNamespace(load=load_plain, UnpicklingError=pickle.UnpicklingError)
     load = partial(torch.load, weights_only=True)
-    with mock.patch.object(module, "pickle", plain), mock.patch.object(torch, "load", load):
+    with substituted(module, "pickle", plain), substituted(torch, "load", load):
         yield
 
 

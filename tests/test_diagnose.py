@@ -18,7 +18,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from PIL import Image
 from test_train_net import QUICKSTART, overrides, parse
-from tooling import run_tool
+from tooling import ROOT, run_script, run_tool
 from torch import Tensor, nn
 
 from bn_detection import ConfigError, cli
@@ -29,7 +29,13 @@ from bn_detection.engine.trainer import Trainer
 from bn_detection.heads import BNOptions, convert_norm
 from bn_detection.leakage import Estimate
 from bn_detection.leakage.diagnosis import Diagnosis
-from bn_detection.leakage.findings import Examined, Finding, conclude
+from bn_detection.leakage.diagnosis_page import page as page_of
+from bn_detection.leakage.findings import (
+    Evidence,
+    Examined,
+    Finding,
+    conclude,
+)
 from bn_detection.leakage.layers import LayerReport, inspect_layers
 from bn_detection.population import apply_statistics, collect_statistics
 
@@ -331,10 +337,11 @@ def test_conversions_of_several_findings_are_given_as_one_list(tmp_path: Path) -
     found, notes = conclude(examined(layers=[*both, layer()]))
     lists = [finding.fix["BN"]["CONVERT"] for finding in found]
     assert lists == [[["backbone.res2", "SyncBN"]], [["backbone.res3", "FrozenBN"]]]
-    (note,) = (note for note in notes if "BN.CONVERT" in note)
-    assert yaml.safe_load(note.partition(" it is ")[2]) == [*lists[1], *lists[0]]
+    of_all = yaml.safe_load(Diagnosis({}, both, None, found, notes, []).yaml_of_all)
+    assert of_all["BN"]["CONVERT"] == [*lists[1], *lists[0]]
+    assert of_all["MODEL"] == found[0].fix["MODEL"]
     found, notes = conclude(examined(layers=both[:1]))
-    assert not any("BN.CONVERT" in note for note in notes)
+    assert Diagnosis({}, both, None, found, notes, []).yaml_of_all == ""
 
 
 class FiveLevels(nn.Module):
@@ -366,8 +373,8 @@ def test_one_batch_gives_a_note_and_no_finding_by_distance(batches: list[list[Te
     reports = inspect_layers(model, batches[:1], 1)
     found, notes = conclude(examined(layers=reports, workers=2, averages_workers=False))
     assert ["never updated" in finding.title for finding in found] == [True]
-    assert "nan" not in " ".join(found[0].evidence)
-    (note,) = (note for note in notes if "without intervals" in note)
+    assert "nan" not in " ".join(item.text for item in found[0].evidence)
+    (note,) = (note.title for note in notes if "without intervals" in note.title)
     assert "3 layers" in note
     assert "(frozen, once, shared)" in note
 
@@ -399,7 +406,7 @@ def test_population_statistics_that_inference_does_not_use_hurt_nobody(cause: st
     found, notes = conclude(examined(**UNUSED[cause], more=cured))
     assert found == []
     if cause in ("far from those of the data", "were never updated"):
-        assert any(cause in note and "BN.INFERENCE batch" in note for note in notes)
+        assert any(cause in n.title and "BN.INFERENCE batch" in n.title for n in notes)
     elsewhere = (*cured, "BN.MODULES", ("backbone.*",))
     assert len(conclude(examined(**UNUSED[cause], more=elsewhere))[0]) == 1
 
@@ -407,13 +414,13 @@ def test_population_statistics_that_inference_does_not_use_hurt_nobody(cause: st
 def test_a_leak_costs_nothing_where_inference_uses_the_batch() -> None:
     (found,), _ = conclude(examined(probe=probe(20, 30), more=("BN.INFERENCE", "batch")))
     assert found.cost is None
-    assert "population" not in " ".join(found.evidence)
+    assert "population" not in " ".join(item.text for item in found.evidence)
 
 
 def test_leakage_of_batches_of_one_image_is_that_of_another_mode() -> None:
     for sharing, told in (("image", True), ("worker", False)):
         _, notes = conclude(examined(probe=probe(0, 0), layers=[layer(sharing=sharing)]))
-        assert any("own_image" in note for note in notes) == told
+        assert any("own_image" in note.title for note in notes) == told
 
 
 def test_weights_that_do_not_decay_are_not_blamed() -> None:
@@ -454,7 +461,7 @@ def test_workers_are_not_compared_by_batches_of_another_size() -> None:
         examined(workers=2, averages_workers=False, layers=[synchronized, stock])
     )
     assert found == []
-    assert f"({stock.name})" in note
+    assert f"({stock.name})" in note.title
     (found,), _ = conclude(examined(workers=2, averages_workers=False, layers=[stock]))
     assert "own running statistics" in found.title
 
@@ -580,9 +587,11 @@ def test_keys_of_other_projects_are_named_and_passed_over(data: Path, tmp_path: 
         f"_BASE_: {CONFIG}\nTHEIRS: {{DEPTH: 2}}\nMODEL: {{ROI_HEADS: {{THEIR_KEY: x}}}}\n"
     )
     more = ("MODEL.ROI_BOX_HEAD.NORM", "GN", "MODEL.ROI_MASK_HEAD.NORM", "GN", "MODEL.WEIGHTS", "")
+    flags = ("--fail-on", "note")
+    assert tool(data, tmp_path / "noted", *more, config_file=config_file, flags=flags) == 1
     assert tool(data, tmp_path / "out", *more, config_file=config_file) == 0
     (note,) = result(tmp_path / "out")["notes"]
-    assert note.endswith("MODEL.ROI_HEADS.THEIR_KEY, THEIRS, THEIRS.DEPTH.")
+    assert note["title"].endswith("MODEL.ROI_HEADS.THEIR_KEY, THEIRS, THEIRS.DEPTH.")
     with pytest.raises(ConfigError, match=r"MODEL\.TYPO"):
         tool(data, tmp_path / "typo", "MODEL.TYPO", 1)
 
@@ -618,6 +627,20 @@ def test_an_error_is_no_finding() -> None:
     ended = run_tool("diagnose", "--config-file", "nowhere.yaml")
     assert ended.status == 2
     assert "error: --config-file nowhere.yaml" in ended.error
+
+
+@pytest.mark.timeout(200)
+def test_json_alone_is_on_stdout(data: Path, tmp_path: Path) -> None:
+    command = [ROOT / "tools" / "diagnose.py", "--config-file", CONFIG]
+    command += ["--output-dir", tmp_path / "out", "--images", 4, "--format", "json"]
+    command += ["--fail-on", "never", *overrides(data, tmp_path / "out")]
+    command += ["MODEL.WEIGHTS", data / "weights.pth"]
+    done = run_script(*command, timeout=190)
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)
+    assert printed == result(tmp_path / "out")
+    assert printed["findings"]
+    assert "Wrote" in done.stderr
 
 
 @pytest.mark.timeout(200)
@@ -780,15 +803,24 @@ def test_levels_that_share_population_statistics_alone(data: Path, tmp_path: Pat
     assert all(not report["level_batches"] and len(report["levels"]) == 3 for report in layers)
 
 
+SAMPLES = (
+    Finding(
+        *("BN201", "finding", "docs/diagnosis.md#bn201", "A <b>title</b>", ("a", "b")),
+        *((Evidence("evidence"),), {"BN": {}}, "Do.", estimate(9)),
+    ),
+    Finding("BN203", "note", "docs/diagnosis.md#bn203", "a note"),
+)
+
+
 @pytest.fixture
 def page(tmp_path: Path) -> Iterator[Any]:
     layers = [
         layer(f"roi_heads.box_head.conv{k}.norm", ema_to_precise=estimate(k)) for k in (2, 10)
     ]
-    finding = Finding("A <b>title</b>", ("evidence",), ("a", "b"), {"BN": {}}, "Do.", estimate(9))
+    finding, note = SAMPLES
     settings = {"config": "c.yaml", "weights": "w.pth", "versions": {"torch": "2"}}
     path = tmp_path / "diagnosis.html"
-    path.write_text(Diagnosis(settings, layers, None, [finding], ["a note"], ["why"]).html())
+    path.write_text(page_of(Diagnosis(settings, layers, None, [finding], [note], ["why"])))
     with (
         open_browser() as browser,
         open_page(browser, path, viewport={"width": 390, "height": 800}) as p,
@@ -797,7 +829,7 @@ def page(tmp_path: Path) -> Iterator[Any]:
 
 
 def test_page_sorts_and_fits_a_phone(page: Any) -> None:
-    assert page.locator("h3").inner_text() == "1. A <b>title</b>"
+    assert page.locator("h3").inner_text() == "1. BN201: A <b>title</b>"
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     header = page.locator("#layers th", has_text="EMA to precise")
     header.locator("button").press("Enter")

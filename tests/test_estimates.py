@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from bn_detection.study.estimates import estimate, paired_difference
+from bn_detection.study.results import decimals, unit
 
 # Extra hours of sleep of ten patients with two drugs: Student, Biometrika 6 (1908), p. 20.
 FIRST = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
@@ -29,15 +30,16 @@ def test_mean_and_interval(
     values: list[float | None], mean: float, half_width: float | None
 ) -> None:
     found = estimate(values)
-    assert found.mean == pytest.approx(mean)
-    assert found.half_width == (None if half_width is None else pytest.approx(half_width, rel=3e-4))
+    assert found.value == pytest.approx(mean)
+    assert found.has_interval == (half_width is not None)
+    assert half_width is None or found.half_width == pytest.approx(half_width, rel=3e-4)
     assert found.number == sum(value is not None for value in values)
 
 
 def test_paired_difference_of_students_own_example() -> None:
     found = paired_difference(dict(enumerate(SECOND)), dict(enumerate(FIRST)))
     # The difference of 1.58 h and its interval, as textbooks and R's t.test give them.
-    assert found.mean == pytest.approx(1.58)
+    assert found.value == pytest.approx(1.58)
     assert (found.low, found.high) == pytest.approx((0.7001142, 2.4598858), abs=1e-7)
     assert found.sign == 1
     unpaired = estimate(SECOND).half_width
@@ -65,7 +67,7 @@ def test_intervals_cover_the_mean_as_often_as_they_say() -> None:
 
 def test_only_seeds_that_both_have_are_paired() -> None:
     found = paired_difference({1: 5.0, 2: 7.0, 3: None, 4: 9.0}, {1: 4.0, 2: 4.0, 3: 1.0, 5: 0.0})
-    assert (found.mean, found.number) == (2.0, 2)
+    assert (found.value, found.number) == (2.0, 2)
     assert found.low == pytest.approx(2 - 12.7062, abs=1e-4)
     assert found.sign == 0
 
@@ -73,9 +75,9 @@ def test_only_seeds_that_both_have_are_paired() -> None:
 def test_a_difference_that_is_rounding_is_none() -> None:
     values = {1: 70.1, 2: 71.2, 3: 72.3}
     found = paired_difference({seed: value + 3e-14 for seed, value in values.items()}, values)
-    assert (found.mean, found.half_width, found.sign) == (0.0, 0.0, 0)
+    assert (found.value, found.half_width, found.sign) == (0.0, 0.0, 0)
     found = paired_difference({seed: value + 1e-3 for seed, value in values.items()}, values)
-    assert found.mean == pytest.approx(1e-3)
+    assert found.value == pytest.approx(1e-3)
     assert found.sign == 1
 
 
@@ -84,6 +86,25 @@ def test_a_difference_that_is_rounding_is_none() -> None:
 )
 def test_no_interval_where_none_is_supported(values: list[float | None], number: int) -> None:
     found = estimate(values)
-    assert (found.low, found.high, found.half_width, found.sign) == (None,) * 4
+    assert np.isnan([found.low, found.high, found.half_width]).all()
+    assert found.sign is None
     assert found.number == number
-    assert (found.mean is None) == (number == 0)
+    assert found.is_known == (number > 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "of", "places"),
+    [
+        ("box AP", "%", 1),
+        ("training accuracy", "%", 1),
+        ("mask accuracy, own image", "%", 1),
+        ("leakage in accuracy", "points", 1),
+        ("accuracy above the limit", "points", 1),
+        ("loss, shuffled", "nats/RoI", 3),
+        ("inconsistency in mask loss", "nats/pixel", 3),
+    ],
+)
+def test_units_and_decimals_of_a_study_are_those_of_the_table(
+    name: str, of: str, places: int
+) -> None:
+    assert (unit(name), decimals(name)) == (of, places)

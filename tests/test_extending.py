@@ -17,12 +17,14 @@ from detectron2.modeling import ROI_BOX_HEAD_REGISTRY, build_box_head
 from distributed import run_workers
 from PIL import Image
 from reference import CHANNELS, assert_close, reference_step, samples, set_affine, step
+from test_diagnose import examined, layer
 from torch import Tensor, nn
 
 from bn_detection import ConfigError, PartitionedBatchNorm2d, add_bn_detection_config
 from bn_detection.data import CORRUPTIONS, read_corrupted_name, register_corruption
 from bn_detection.engine import check_config
 from bn_detection.heads import PartitionedHead, norm_names
+from bn_detection.leakage.findings import conclude, rules
 from bn_detection.norm import build_partition, partition, partition_name, set_rows_per_image
 from bn_detection.population import ESTIMATORS, register_estimator
 
@@ -39,7 +41,10 @@ def run_page(name: str) -> dict[str, Any]:
     return names
 
 
-REGISTRIES = (partition._REGISTRY, ESTIMATORS, CORRUPTIONS, ROI_BOX_HEAD_REGISTRY._obj_map)
+REGISTRIES = (
+    *(partition._REGISTRY, ESTIMATORS, CORRUPTIONS),
+    *(rules._REGISTRY, ROI_BOX_HEAD_REGISTRY._obj_map),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -237,6 +242,22 @@ def test_estimator() -> None:
 def test_name_of_an_estimator_is_taken(name: str) -> None:
     with pytest.raises(ValueError, match=f'estimator "{name}" is registered already'):
         register_estimator(name)(nn.Identity)
+
+
+# ----------------------------------------------------------------------------------------------
+# A finding
+# ----------------------------------------------------------------------------------------------
+
+
+def test_finding() -> None:
+    run_page("finding")
+    small = [layer(values_per_batch=number) for number in (9.0, 100.0)]
+    (found,), _ = conclude(examined(layers=small))
+    assert (found.id, found.severity, len(found.layers)) == ("MY101", "finding", 1)
+    assert found.evidence[0].value == 9
+    assert found.fix == {"BN": {"CONVERT": [["*", "SyncBN"]]}}
+    more = ("BN.DIAGNOSIS.THRESHOLDS", [["MY101", 5]])
+    assert conclude(examined(layers=small, more=more))[0] == []
 
 
 # ----------------------------------------------------------------------------------------------

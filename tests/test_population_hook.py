@@ -117,6 +117,38 @@ def test_without_restore_ema_training_goes_on_from_the_estimate(
     assert torch.allclose(running[0], expected, atol=1e-6)
 
 
+def test_every_checkpoint_has_the_estimate_of_its_weights(folder: Path, tmp_path: Path) -> None:
+    """Also one between evaluations; compared with all values that a layer saw, in float64."""
+    periods = ("TEST.EVAL_PERIOD", 0, "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.MAX_ITER", 5)
+    trainer = build_trainer(folder, tmp_path, *POOLED, *periods, "SOLVER.IMS_PER_BATCH", 2)
+    layer = trainer.model.roi_heads.box_head.conv1.norm
+    seen: dict[int, list[torch.Tensor]] = {}
+
+    def record(module: nn.Module, x: tuple[torch.Tensor, ...]) -> None:
+        if module.training and not torch.is_grad_enabled():
+            seen.setdefault(trainer.iter, []).append(x[0].double())
+
+    layer.register_forward_pre_hook(record)
+    trainer.train()
+    assert list(seen) == [1, 3, 4]
+    for iteration, name in ((1, "model_0000001"), (3, "model_0000003"), (4, "model_final")):
+        values = torch.cat([x.transpose(0, 1).flatten(1) for x in seen[iteration]], dim=1)
+        saved = torch.load(tmp_path / f"{name}.pth", weights_only=False)["model"]
+        mean, var = (saved[f"roi_heads.box_head.conv1.norm.running_{s}"] for s in ("mean", "var"))
+        assert torch.allclose(mean.double(), values.mean(1), atol=1e-5)
+        assert torch.allclose(var.double(), values.var(1), rtol=1e-4)
+
+
+def test_a_period_of_ones_own_is_the_only_one(folder: Path, tmp_path: Path) -> None:
+    own = ("BN.POPULATION.PERIOD", 3, "SOLVER.MAX_ITER", 5)
+    trainer = build_trainer(folder, tmp_path, *EVERY_2, *POOLED, *own)
+    (hook,) = (h for h in trainer._hooks if isinstance(h, PreciseStatistics))
+    estimates: list[int] = []
+    hook.listeners.append(lambda iteration, _: estimates.append(iteration))
+    trainer.train()
+    assert estimates == [2, 4]
+
+
 def _two_workers(rank: int, world_size: int, folder: str, output: str) -> list[dict[str, Any]]:
     torch.use_deterministic_algorithms(True)
     found = []

@@ -34,6 +34,7 @@ from bn_detection.engine import (
     probe,
 )
 from bn_detection.engine.setup import register_datasets
+from bn_detection.estimate import Ratio, resample
 from bn_detection.leakage import Estimate, images_per_worker, measure_leakage
 from bn_detection.leakage.average_precision import AveragePrecision
 from bn_detection.leakage.batches import (
@@ -42,7 +43,6 @@ from bn_detection.leakage.batches import (
     normalizing,
     run_in_batches,
 )
-from bn_detection.leakage.intervals import Ratio, resample
 from bn_detection.leakage.rois import receptive_margin, sample_rois
 
 IMAGES = 5
@@ -195,7 +195,7 @@ def test_heads_without_batch_statistics_leak_nothing(data: Path) -> None:
     assert {*report.modes["shuffled"]} == {"accuracy", "loss", "box_ap"}
     for differences in (report.leakage, report.inconsistency):
         assert all(
-            vars(value) == {"value": 0, "low": 0, "high": 0} for value in differences.values()
+            value.to_json() == {"value": 0, "low": 0, "high": 0} for value in differences.values()
         )
 
 

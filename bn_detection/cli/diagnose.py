@@ -1,6 +1,6 @@
 """Diagnose the BN layers of a Detectron2 model: what hurts it, by how much, and what mends it.
 
-The exit status is 0 without findings, 1 with findings, and 2 after any error.
+The exit status is 0 without findings, 1 with findings (--fail-on), and 2 after any error.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import traceback
 
 from ..command_line import add_common_flags, add_overrides
 
+FORMATS = ("text", "json", "markdown", "junit")
+FAIL_ON = ("finding", "note", "never")
 EXAMPLE = (
     "bn-detection diagnose --config-file output/demo/BN/config.yaml --num-gpus 2 --quick \\\n"
     "    MODEL.WEIGHTS output/demo/BN/model_final.pth"
@@ -37,6 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output-dir", help="default: OUTPUT_DIR/diagnosis_<checkpoint>")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier diagnosis")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="text",
+        help="of what is printed; the log goes to stderr unless it is text",
+    )
+    parser.add_argument(
+        "--fail-on",
+        choices=FAIL_ON,
+        default="finding",
+        help="what makes the exit status 1; it is 2 after an error, whatever this says",
+    )
     add_common_flags(parser)
     add_overrides(parser)
     parser.set_defaults(num_gpus=1, num_machines=1, machine_rank=0, dist_url="auto")

@@ -1,5 +1,6 @@
 """Datasets: the generator of LeakyShapes, COCO-format files from a config, and loaders."""
 
+from ..dials import LeakyShapesConfig, honest_accuracy_limit
 from .builtin import LEAKY_SHAPES, register_builtin
 from .coco_json import (
     check_dataset_files,
@@ -18,13 +19,8 @@ from .corruptions import (
     register_corruption,
 )
 from .image_folder import IMAGE_SUFFIXES, register_image_folder
-from .leaky_shapes import (
-    LeakyShapesConfig,
-    draw_image,
-    draw_shape,
-    honest_accuracy_limit,
-    make_leaky_shapes,
-)
+from .leaky_drawing import draw_image, draw_shape
+from .leaky_shapes import make_leaky_shapes
 from .loaders import build_test_loader, build_train_loader
 from .registration import register_datasets
 from .single_pass import SinglePassLoader

@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..dials import LeakyShapesConfig
 from .coco_json import register_coco_json
-from .leaky_shapes import LeakyShapesConfig, make_leaky_shapes
+from .leaky_shapes import make_leaky_shapes
 
 _SPLITS = {"train": 1000, "val": 150}
 """Number of images of each split."""

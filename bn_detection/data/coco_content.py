@@ -6,11 +6,11 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from detectron2.data.datasets import load_coco_json
 
 from ..config import one_line
+from ..substitutes import substituted
 from .records import Needs, annotation_problem
 
 _LISTS = ("images", "annotations", "categories")
@@ -25,17 +25,19 @@ def load_coco(json_file: str, image_root: str, name: str) -> list[dict[str, Any]
     """
     content = read_coco(json_file)
 
-    from pycocotools.coco import COCO  # it takes long to import
+    from pycocotools import coco  # it takes long to import
 
-    def read_already(_: str) -> COCO:
-        indexed = COCO()
+    index = coco.COCO
+
+    def read_already(_: str) -> coco.COCO:
+        indexed = index()
         indexed.dataset = content
         indexed.createIndex()
         return indexed
 
     try:
         # Detectron2 looks the class up when it loads; this one does not read the file again.
-        with mock.patch("pycocotools.coco.COCO", read_already):
+        with substituted(coco, "COCO", read_already):
             return load_coco_json(json_file, image_root, name)
     except Exception as error:
         problem = next(_annotation_problems(content), f"{type(error).__name__}: {one_line(error)}")

@@ -15,6 +15,7 @@ from fvcore.common.checkpoint import _filter_reused_missing_keys, _IncompatibleK
 from ..config import ConfigError
 from ..files import replacing
 from ..pickles import only_data, why_not_loaded
+from ..words import listed
 
 _KEYS_SHOWN = 10
 
@@ -169,7 +170,11 @@ class AtomicCheckpointer(DetectionCheckpointer):
             "not in the model": _essential(incompatible.unexpected_keys),
             "of another shape": shapes,
         }
-        problems = [f"{len(keys)} {what}: {_list(keys)}" for what, keys in parts.items() if keys]
+        problems = [
+            f"{len(keys)} {what}: {listed(keys, _KEYS_SHOWN)}"
+            for what, keys in parts.items()
+            if keys
+        ]
         if problems:
             raise ConfigError(f"the weights do not fit the model. {'; '.join(problems)}.")
 
@@ -183,8 +188,3 @@ class StrictCheckpointer(AtomicCheckpointer):
 def _essential(keys: Iterable[str]) -> list[str]:
     """Without the counters of training steps, which inference does not use."""
     return sorted(key for key in keys if not key.endswith("num_batches_tracked"))
-
-
-def _list(keys: list[str]) -> str:
-    more = len(keys) - _KEYS_SHOWN
-    return ", ".join(keys[:_KEYS_SHOWN]) + (f" and {more} more" if more > 0 else "")

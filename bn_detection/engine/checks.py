@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from detectron2.config import CfgNode
@@ -14,9 +13,11 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 from ..config import ConfigError
 from ..heads import (
+    HEADS,
     SHUFFLE_MODES,
     BNOptions,
     BNRetinaNet,
+    Head,
     NormFactory,
     level_options,
     norm_names,
@@ -33,19 +34,6 @@ from ..population import AFFINE, ESTIMATORS, ROIS
 from .amp import PRECISIONS
 from .checkpoint import last_checkpoint
 from .values import check_values
-
-
-class _Head(NamedTuple):
-    ours: str
-    stock: str
-    stock_has_norm: bool = True
-
-
-_HEADS = {
-    "ROI_BOX_HEAD": _Head("BNConvFCHead", "FastRCNNConvFCHead"),
-    "ROI_MASK_HEAD": _Head("BNConvUpsampleHead", "MaskRCNNConvUpsampleHead"),
-    "ROI_KEYPOINT_HEAD": _Head("BNConvDeconvKeypointHead", "KRCNNConvDeconvUpsampleHead", False),
-}
 
 
 def check_config(cfg: CfgNode, *, num_workers: int, eval_only: bool, resume: bool) -> None:
@@ -103,13 +91,13 @@ def check_recalibration(cfg: CfgNode, num_workers: int) -> None:
         )
 
 
-def _heads(cfg: CfgNode) -> Iterator[tuple[str, CfgNode, _Head]]:
+def _heads(cfg: CfgNode) -> Iterator[tuple[str, CfgNode, Head]]:
     """Key, config and class names of each head that the model has."""
     absent = {
         "ROI_MASK_HEAD": not cfg.MODEL.MASK_ON,
         "ROI_KEYPOINT_HEAD": not cfg.MODEL.KEYPOINT_ON,
     }
-    for name, head in _HEADS.items():
+    for name, head in HEADS.items():
         if not absent.get(name):
             yield f"MODEL.{name}", cfg.MODEL[name], head
 
@@ -125,7 +113,7 @@ def _check_heads(cfg: CfgNode) -> None:
             )
     box_head = cfg.MODEL.ROI_BOX_HEAD
     if cfg.MODEL.ROI_HEADS.NAME == "Res5ROIHeads" and (
-        box_head.NORM or _HEADS["ROI_BOX_HEAD"].ours == box_head.NAME
+        box_head.NORM or HEADS["ROI_BOX_HEAD"].ours == box_head.NAME
     ):
         raise ConfigError(
             'MODEL.ROI_HEADS.NAME is "Res5ROIHeads", whose second stage is a ResNet stage and has '
@@ -152,7 +140,7 @@ def _check_synchronization(cfg: CfgNode) -> None:
             )
 
 
-def _stock_can(head: _Head, norm: str) -> bool:
+def _stock_can(head: Head, norm: str) -> bool:
     return _stock_has(norm) if head.stock_has_norm else norm == ""
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import yaml
 from detectron2.config import CfgNode
@@ -16,6 +15,7 @@ from fvcore.common import config as fvcore_config
 from fvcore.common.config import BASE_KEY
 
 from ..config import ConfigError, one_line
+from ..substitutes import substituted
 from ..yaml_files import DataLoader, load, reading_yaml
 
 _MOST_BASES = 100
@@ -67,7 +67,7 @@ def read_config_file(path: str) -> dict[str, Any]:
 def _safe() -> Iterator[None]:
     """While it lasts, fvcore loads YAML by the loader of this project."""
     ours = SimpleNamespace(safe_load=load, constructor=yaml.constructor)
-    with mock.patch.object(fvcore_config, "yaml", ours):
+    with substituted(fvcore_config, "yaml", ours):
         yield
 
 

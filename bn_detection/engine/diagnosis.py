@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext, redirect_stdout
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from ..files import make_folder, replacing
 from ..heads import norm_layers
 from ..leakage import LeakageReport, images_per_worker, measure_leakage
 from ..leakage.diagnosis import Diagnosis
-from ..leakage.findings import Examined, conclude
+from ..leakage.diagnosis_formats import render_diagnosis
+from ..leakage.findings import Examined, Rule, conclude, configured_rules
 from ..leakage.layers import LayerReport, inspect_layers, spans_workers
 from .checkpoint import StrictCheckpointer
 from .checks import check_config
@@ -69,6 +71,7 @@ def preflight_diagnosis(args: argparse.Namespace) -> str:
     cfg = _load_config(args)
     check_config(cfg, num_workers=1, eval_only=True, resume=False)
     images_per_worker(cfg, args.workers)
+    configured_rules(cfg)
     folder = Path(cfg.OUTPUT_DIR)
     for name in (JSON_NAME, PAGE_NAME):
         if (folder / name).exists() and not args.overwrite:
@@ -93,12 +96,28 @@ def diagnose(args: argparse.Namespace) -> int:
         args: of ``bn-detection diagnose``, checked by :func:`preflight_diagnosis`.
 
     Returns:
-        The exit status: 1 if there are findings, else 0.
+        The exit status: 1 if there is what ``--fail-on`` names, else 0.
 
     Raises:
         ConfigError: the weights do not fit the model, DATASETS.TRAIN has too few images, or a
             layer saw values that are not finite. Nothing is written.
     """
+    in_text = args.format == "text"
+    with nullcontext() if in_text else redirect_stdout(sys.stderr):  # the log too
+        diagnosis, rules = _diagnose(args)
+    shown = render_diagnosis(diagnosis, args.format, rules)
+    if in_text:
+        weights = diagnosis.settings["weights"] or "random weights"
+        logger.info("Diagnosis of %s\n\n%s\n", weights, shown)
+    else:
+        print(shown)
+    logger.info("Wrote %s and %s", *(Path(args.folder, name) for name in (JSON_NAME, PAGE_NAME)))
+    found = {"finding": diagnosis.findings, "note": [*diagnosis.findings, *diagnosis.notes]}
+    return 1 if found.get(args.fail_on) else 0
+
+
+def _diagnose(args: argparse.Namespace) -> tuple[Diagnosis, dict[str, Rule]]:
+    """Measure, conclude, and write both files."""
     start = time.monotonic()
     cfg = begin(_load_config(args), args, args.folder)
     of_this_project = _uses_project(args.config_file)
@@ -126,14 +145,9 @@ def diagnose(args: argparse.Namespace) -> int:
         None if report is None else report.to_json(),
         workers,
         of_this_project or any(layer.is_ours for layer in layers),
+        sorted(_keys(cfg) - _keys(load_config(argparse.Namespace(config_file="", opts=[])))),
     )
     findings, notes = conclude(examined)
-    known = _keys(load_config(argparse.Namespace(config_file="", opts=[])))
-    if unknown := sorted(_keys(cfg) - known):
-        notes.append(
-            f"{args.config} has keys that neither Detectron2 nor bn_detection knows, which changed "
-            f"nothing here: {', '.join(unknown)}."
-        )
     settings: dict[str, Any] = {
         "config": args.config,
         "weights": cfg.MODEL.WEIGHTS,
@@ -146,13 +160,16 @@ def diagnose(args: argparse.Namespace) -> int:
     diagnosis = Diagnosis(settings, layers, report, findings, notes, left_out)
     report_unreadable(cfg.OUTPUT_DIR)
     folder = Path(args.folder)
-    content = json.dumps(diagnosis.to_json(), indent=2, allow_nan=False) + "\n"
-    for name, text in ((JSON_NAME, content), (PAGE_NAME, diagnosis.html())):
+    rules = configured_rules(cfg)
+    from ..leakage.diagnosis_page import page  # with matplotlib, which a training does not need
+
+    for name, text in (
+        (JSON_NAME, render_diagnosis(diagnosis, "json", rules) + "\n"),
+        (PAGE_NAME, page(diagnosis)),
+    ):
         with replacing(folder / name) as file:
             file.write_text(text, encoding="utf-8")
-    logger.info("Diagnosis of %s\n\n%s\n", cfg.MODEL.WEIGHTS or "random weights", diagnosis.text())
-    logger.info("Wrote %s and %s", folder / JSON_NAME, folder / PAGE_NAME)
-    return 1 if findings else 0
+    return diagnosis, rules
 
 
 def _load_config(args: argparse.Namespace) -> CfgNode:

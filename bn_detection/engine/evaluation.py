@@ -8,7 +8,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from itertools import chain
 from typing import Any
-from unittest import mock
 
 import torch
 from detectron2.config import CfgNode
@@ -32,6 +31,7 @@ from pycocotools.cocoeval import COCOeval
 from ..config import ConfigError
 from ..data import read_unreadable
 from ..data.records import original_path
+from ..substitutes import substituted
 
 try:
     from faster_coco_eval import COCOeval_faster
@@ -149,7 +149,7 @@ class COCOEvaluator(StockCOCOEvaluator):
         self, predictions: list[dict[str, Any]], img_ids: Collection[int] | None = None
     ) -> None:
         # Detectron2 v0.6 and main look the class up under this name when they use it.
-        with mock.patch.object(coco_evaluation, "COCOeval_opt", _coco_eval):
+        with substituted(coco_evaluation, "COCOeval_opt", _coco_eval):
             super()._eval_predictions(predictions, img_ids=img_ids)
 
     def _derive_coco_results(

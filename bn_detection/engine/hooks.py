@@ -104,15 +104,16 @@ def _population_hook(trainer: DefaultTrainer) -> HookBase:
             "%d BN layers outside BN.MODULES %s keep their running averages, such as %s.",
             *(len(others), list(modules), others[0]),
         )
-    period = node.PERIOD or cfg.TEST.EVAL_PERIOD
     if is_fvcore:
         source, num_batches = _population_source(cfg)
         loader = trainer.build_train_loader(source)
+        period = node.PERIOD or cfg.TEST.EVAL_PERIOD
         return hooks.PreciseBN(period, trainer.model, loader, num_batches)
+    uses = (cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD)
     return PreciseStatistics(
         model,
         *_population_batches(cfg),
-        periods=(period,),
+        periods=(node.PERIOD,) if node.PERIOD else uses,
         modules=modules,
         restore_ema=node.RESTORE_EMA,
         **_population_options(cfg),

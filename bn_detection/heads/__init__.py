@@ -2,12 +2,21 @@
 
 from .backbone import SmallConvBackbone, SmallPyramidBackbone
 from .configure import configure_model
-from .convert import convert_norm, norm_layers, to_plain_batch_norm
+from .convert import convert_norm, in_roi_heads, norm_layers, to_plain_batch_norm
 from .dense import BNFCOSHead, BNRetinaNet, BNRetinaNetHead, level_options
-from .norms import SHUFFLE_MODES, BNOptions, NormFactory, norm_names
-from .roi_heads import BNConvDeconvKeypointHead, BNConvFCHead, BNConvUpsampleHead, PartitionedHead
+from .norms import FROZEN, SHUFFLE_MODES, BNOptions, NormFactory, norm_names
+from .roi_heads import (
+    HEADS,
+    BNConvDeconvKeypointHead,
+    BNConvFCHead,
+    BNConvUpsampleHead,
+    Head,
+    PartitionedHead,
+)
 
 __all__ = [
+    "FROZEN",
+    "HEADS",
     "SHUFFLE_MODES",
     "BNConvDeconvKeypointHead",
     "BNConvFCHead",
@@ -16,12 +25,14 @@ __all__ = [
     "BNOptions",
     "BNRetinaNet",
     "BNRetinaNetHead",
+    "Head",
     "NormFactory",
     "PartitionedHead",
     "SmallConvBackbone",
     "SmallPyramidBackbone",
     "configure_model",
     "convert_norm",
+    "in_roi_heads",
     "level_options",
     "norm_layers",
     "norm_names",

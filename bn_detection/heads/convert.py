@@ -6,14 +6,13 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from detectron2.layers import CycleBatchNormList, FrozenBatchNorm2d, NaiveSyncBatchNorm
+from detectron2.layers import CycleBatchNormList, NaiveSyncBatchNorm
 from detectron2.modeling import Backbone, ROIHeads
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Instances
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.convnext import LayerNorm2d
-from torchvision.ops import FrozenBatchNorm2d as TorchvisionFrozenBatchNorm2d
 
 from ..norm import (
     ANY_DIMENSIONS,
@@ -23,6 +22,7 @@ from ..norm import (
     check_initialized,
     input_dimensions,
     is_exact,
+    lineage,
     matches,
     register_exact,
     replace_layers,
@@ -31,16 +31,16 @@ from ..norm import (
     take_tensors,
     tracks_statistics,
 )
-from .norms import BNOptions, ChannelLayerNorm, NormFactory
+from .norms import FROZEN, BNOptions, ChannelLayerNorm, NormFactory
 from .roi_heads import PartitionedHead
 
 logger = logging.getLogger(__name__)
 
-_FROZEN = (FrozenBatchNorm2d, TorchvisionFrozenBatchNorm2d)
 _NORM_LAYERS = (
-    *(_BatchNorm, *_FROZEN),
+    *(_BatchNorm, *FROZEN),
     *(nn.GroupNorm, nn.InstanceNorm2d, ChannelLayerNorm, LayerNorm2d),
 )
+_PACKAGE = f"{__package__}."
 #: Norms of feature maps alone.
 _OF_MAPS = ("IN", "FrozenBN")
 
@@ -134,11 +134,12 @@ def to_plain_batch_norm(model: nn.Module) -> nn.Module:
     """Replace this project's BN layers by those of torch and Detectron2, in place.
 
     A :class:`PartitionedBatchNorm2d` becomes an ``nn.BatchNorm2d``; a :class:`LevelBatchNorm2d`
-    becomes a ``CycleBatchNormList``, and statistics that its levels share are copied to each. The
-    parameters and buffers are otherwise the same objects, so optimizers stay valid; the hooks of
-    shared groups and RoI shuffling are removed. The model can then be exported, traced, and loaded
-    without this package. In training it is BN per worker (and level); at inference it uses the
-    population statistics.
+    becomes a ``CycleBatchNormList``, and statistics that its levels share are copied to each. A
+    registered head becomes Detectron2's; a subclass of your own keeps its class. The parameters and
+    buffers are otherwise the same objects, so optimizers stay valid; the hooks of shared groups and
+    RoI shuffling are removed. The model can then be exported, scripted, traced, and loaded without
+    this package. In training it is BN per worker (and level); at inference it uses the population
+    statistics.
 
     Args:
         model: the model to change.
@@ -161,6 +162,10 @@ def to_plain_batch_norm(model: nn.Module) -> nn.Module:
                 value.detach()
                 if not isinstance(module, PartitionedBatchNorm2d):
                     setattr(module, key, None)
+        if isinstance(module, PartitionedHead) and type(module).__module__.startswith(_PACKAGE):
+            # Its own forward has nothing left to do, and torch.jit.script cannot read it.
+            bases = (c for c in type(module).__mro__ if not issubclass(c, PartitionedHead))
+            module.__class__ = next(bases)
     return replace_layers(model, lambda _, layer: _plain(layer))
 
 
@@ -195,7 +200,7 @@ def announce_images(model: nn.Module, name: str, scope: Scope[Any]) -> None:
     """
     head = model.get_submodule(name)
     scope.handles.append(head.register_forward_pre_hook(_rows_of_instances))
-    for ancestor in _ancestors(model, name):
+    for ancestor in map(model.get_submodule, lineage(name)):
         if isinstance(ancestor, ROIHeads):
             for pooler in ancestor.modules():
                 if isinstance(pooler, ROIPooler):
@@ -304,14 +309,14 @@ def _convert(
     trained = dict(old.named_parameters())
     for key, parameter in new.named_parameters():
         parameter.requires_grad_(key not in trained or trained[key].requires_grad)
-    if isinstance(old, (_BatchNorm, *_FROZEN)) and hasattr(new, "running_var"):
+    if isinstance(old, (_BatchNorm, *FROZEN)) and hasattr(new, "running_var"):
         new.eps = old.eps
     return take_hooks(new.train(old.training), old)
 
 
 def _surrounding(model: nn.Module, name: str) -> Tensor | None:
     """A tensor of the nearest module around a layer that has one, for its dtype and device."""
-    for module in reversed(_ancestors(model, name)):
+    for module in map(model.get_submodule, reversed(lineage(name))):
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.is_floating_point():
                 return tensor
@@ -339,12 +344,12 @@ def _num_channels(layer: nn.Module) -> int:
 def _has_feature_maps(model: nn.Module, name: str) -> bool:
     """Whether ``name`` is a part of a Detectron2 model outside its ROI heads."""
     is_detector = any(isinstance(module, Backbone) for module in model.modules())
-    return is_detector and not any(isinstance(m, ROIHeads) for m in _ancestors(model, name))
+    return is_detector and not in_roi_heads(model, name)
 
 
-def _ancestors(model: nn.Module, name: str) -> list[nn.Module]:
-    parts = name.split(".")
-    return [model.get_submodule(".".join(parts[:k])) for k in range(len(parts) + 1)]
+def in_roi_heads(model: nn.Module, name: str) -> bool:
+    """Whether a module is in the ROI heads of a model, or is them."""
+    return any(isinstance(model.get_submodule(part), ROIHeads) for part in lineage(name))
 
 
 def _scopes(model: nn.Module) -> set[Scope[Any]]:

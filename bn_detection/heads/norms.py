@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.layers import get_norm
+from detectron2.layers import FrozenBatchNorm2d, get_norm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
+from torch.nn.functional import instance_norm, layer_norm
+from torchvision.ops import FrozenBatchNorm2d as TorchvisionFrozenBatchNorm2d
 
 from ..norm import (
     Groups,
@@ -24,6 +26,9 @@ from ..norm import (
     plan_exchange,
     set_clock,
 )
+
+FROZEN = (FrozenBatchNorm2d, TorchvisionFrozenBatchNorm2d)
+"""The classes of BN layers whose statistics never move."""
 
 SHUFFLE_MODES = ("statistics", "features")
 
@@ -202,7 +207,7 @@ class InstanceNorm2d(nn.InstanceNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         """Args: input: ``(N, C, H, W)``. Returns the same shape."""
         if input.shape[0] > 0:
-            return super().forward(input)
+            return instance_norm(input, weight=self.weight, bias=self.bias, eps=self.eps)
         return input * self.weight[:, None, None] + self.bias[:, None, None]
 
 
@@ -219,7 +224,9 @@ class ChannelLayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Args: input: ``(N, C, H, W)``. Returns the same shape."""
-        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
+        # Not -1, of which the older ONNX exporter writes a permutation that is none.
+        x = input.movedim(1, 3)
+        return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).movedim(3, 1)
 
 
 def _detectron2_iteration() -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
@@ -21,6 +21,32 @@ from torch import Tensor, nn
 
 from ..norm import ExchangePlan, Scope, exchange, normalizes_in_training, restore
 from .norms import BNOptions, NormFactory
+
+
+class Head(NamedTuple):
+    """The classes that a head can be of, to have a ``NORM``.
+
+    Attributes:
+        prefix: of the names of its layers.
+        ours: the class of this project.
+        stock: Detectron2's.
+        stock_has_norm: whether that has a ``NORM`` too.
+    """
+
+    prefix: str
+    ours: str
+    stock: str
+    stock_has_norm: bool = True
+
+
+HEADS = {
+    "ROI_BOX_HEAD": Head("roi_heads.box_head.", "BNConvFCHead", "FastRCNNConvFCHead"),
+    "ROI_MASK_HEAD": Head("roi_heads.mask_head.", "BNConvUpsampleHead", "MaskRCNNConvUpsampleHead"),
+    "ROI_KEYPOINT_HEAD": Head(
+        "roi_heads.keypoint_head.", "BNConvDeconvKeypointHead", "KRCNNConvDeconvUpsampleHead", False
+    ),
+}
+"""By the node of ``MODEL`` that builds it."""
 
 
 class PartitionedHead(nn.Module):

@@ -1,14 +1,9 @@
 """What leaks between the RoIs of an image through a normalization batch: measured, and bounded."""
 
-from .intervals import Estimate
+from ..estimate import Estimate
 from .limits import LimitComparison, sampled_accuracy_limit
-from .probe import (
-    LeakageReport,
-    check_probe,
-    check_probe_config,
-    images_per_worker,
-    measure_leakage,
-)
+from .probe import check_probe, check_probe_config, images_per_worker, measure_leakage
+from .report import LeakageReport
 
 __all__ = [
     "Estimate",

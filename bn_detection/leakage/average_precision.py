@@ -83,7 +83,9 @@ class AveragePrecision:
             objects = weights @ found.objects
             total += self._of_class(found, weights, objects)
             classes += objects > 0
-        return np.divide(100 * total, classes, out=np.full(len(weights), np.nan), where=classes > 0)
+        mean = np.full(len(weights), np.nan)
+        np.divide(100 * total, classes, out=mean, where=classes > 0)
+        return mean
 
     def _of_class(self, found: _Class, weights: np.ndarray, objects: np.ndarray) -> np.ndarray:
         """``(B,)``, from 0 to 1; 0 where there are no objects."""

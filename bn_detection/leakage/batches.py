@@ -36,15 +36,15 @@ def normalizing(module: nn.Module, mode: str) -> Iterator[None]:
     stock = [] if mode == "population" else [layer for layer in layers if layer not in ours]
     buffers = {layer: dict(layer._buffers) for layer in stock}
     try:
-        for layer in ours:
-            layer.inference = "population" if mode == "population" else "batch"
+        for own in ours:
+            own.inference = "population" if mode == "population" else "batch"
         for layer in stock:
             # torch's BatchNorm without running statistics uses the batch in eval mode.
             layer._buffers.update(running_mean=None, running_var=None)
         yield
     finally:
-        for layer, inference in ours.items():
-            layer.inference = inference
+        for own, inference in ours.items():
+            own.inference = inference
         for layer in stock:
             layer._buffers.update(buffers[layer])
 
@@ -73,7 +73,7 @@ def normalization_batches(
     else:
         size = 1 if mode == "own_image" else images_per_worker
         sizes = [sum(counts[i : i + size]) for i in range(0, len(counts), size)]
-        batches = list(torch.arange(total).split(sizes))
+        batches = list(torch.split(torch.arange(total), sizes))
     return [rows for rows in batches if len(rows)]
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from detectron2.layers import CycleBatchNormList, FrozenBatchNorm2d, NaiveSyncBatchNorm
-from detectron2.modeling import ROIHeads
+from detectron2.layers import CycleBatchNormList
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.ops import FrozenBatchNorm2d as TorchvisionFrozenBatchNorm2d
 
+from ..estimate import Estimate
+from ..heads import FROZEN, in_roi_heads
 from ..norm import (
     Groups,
     GroupStatistics,
@@ -28,16 +28,14 @@ from ..norm import (
 )
 from ..population import (
     ESTIMATORS,
+    SYNC_BATCH_NORMS,
     PopulationStatistics,
     batch_norms_in_training,
     change_between,
     collect_statistics,
     untouched,
 )
-from .intervals import Estimate
 
-_FROZEN = (FrozenBatchNorm2d, TorchvisionFrozenBatchNorm2d)
-_SYNC = (nn.SyncBatchNorm, NaiveSyncBatchNorm)
 _STANDARD_NORMAL = 1.96
 
 # A channel is dead if its input has less variance than this share of eps, so that its normalized
@@ -156,7 +154,7 @@ def inspect_layers(
                 num_batches,
                 rois=rois,
                 allow_fewer=True,
-                whole_forwards=any(isinstance(layer, _FROZEN) for layer in layers.values()),
+                whole_forwards=any(isinstance(layer, FROZEN) for layer in layers.values()),
                 listener=seen.add_batch,
             )
         else:
@@ -190,11 +188,11 @@ class _Inputs:
         self.values: dict[str, list[float]] = defaultdict(list)
 
     @contextmanager
-    def watching(self, model: nn.Module, trained: dict[str, nn.Module]) -> Iterator[None]:
+    def watching(self, model: nn.Module, trained: Mapping[str, nn.Module]) -> Iterator[None]:
         handles = [model.register_forward_pre_hook(lambda *_: self._calls.clear())]
         for name, layer in self._layers.items():
             hook = self._see_shape if name in trained else self._see_frozen
-            if name in trained or isinstance(layer, _FROZEN):
+            if name in trained or isinstance(layer, FROZEN):
                 handles.append(
                     layer.register_forward_pre_hook(
                         lambda _, inputs, name=name, hook=hook: hook(name, inputs[0])
@@ -262,27 +260,26 @@ _POOLED = ESTIMATORS["pooled"]
 
 
 def _population(parts: Tensor) -> PopulationStatistics:
-    *statistics, count = _POOLED.estimate(parts)
-    return PopulationStatistics(*statistics, int(count[0]))
+    mean, var, mean_error, var_error, count = _POOLED.estimate(parts)
+    return PopulationStatistics(mean, var, mean_error, var_error, int(count[0]))
 
 
 def _batch_norms(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, _FROZEN) or tracks_statistics(module)
+        if isinstance(module, FROZEN) or tracks_statistics(module)
     }
 
 
-def _describe(model: nn.Module, name: str, layer: nn.Module) -> LayerReport:
-    owner = model.get_submodule(name.rpartition(".")[0])
+def _describe(model: nn.Module, name: str, layer: Any) -> LayerReport:
+    owner: Any = model.get_submodule(name.rpartition(".")[0])
     trains = isinstance(layer, _BatchNorm) and layer.training
-    in_roi_heads = any(isinstance(m, ROIHeads) for m in _ancestors(model, name))
     mean, var = layer.running_mean, layer.running_var
     # Detectron2 builds FrozenBN with the variance 1 - eps.
     untouched_statistics = bool((mean == 0).all() and (var - 1).abs().max() <= 2 * layer.eps)
     affine = [*layer.parameters(recurse=False)] or [*owner.parameters(recurse=False)]
-    frozen = isinstance(layer, _FROZEN)
+    frozen = isinstance(layer, FROZEN)
     own_weights = frozen and bool((layer.weight != 1).any() or (layer.bias != 0).any())
     counter = getattr(layer, "num_batches_tracked", None)
     return LayerReport(
@@ -291,7 +288,7 @@ def _describe(model: nn.Module, name: str, layer: nn.Module) -> LayerReport:
         channels=mean.numel(),
         sharing=_sharing(layer, owner) if trains else "frozen",
         spans_workers=_spans_workers(layer),
-        rows="RoIs" if in_roi_heads else "images",
+        rows="RoIs" if in_roi_heads(model, name) else "images",
         is_ours=isinstance(layer, PartitionedBatchNorm2d),
         is_exact=frozen or is_exact(layer),
         trains=trains,
@@ -309,11 +306,11 @@ def _describe(model: nn.Module, name: str, layer: nn.Module) -> LayerReport:
 
 def _spans_workers(layer: nn.Module) -> bool:
     of_partition = isinstance(layer, PartitionedBatchNorm2d) and layer.partition.spans_workers
-    return layer.training and (isinstance(layer, _SYNC) or of_partition)
+    return layer.training and (isinstance(layer, SYNC_BATCH_NORMS) or of_partition)
 
 
 def _sharing(layer: nn.Module, owner: nn.Module) -> str:
-    name = "world" if isinstance(layer, _SYNC) else "worker"
+    name = "world" if isinstance(layer, SYNC_BATCH_NORMS) else "worker"
     if isinstance(layer, PartitionedBatchNorm2d):
         name = partition_name(layer.partition)
     each_level = isinstance(owner, CycleBatchNormList) or (
@@ -326,14 +323,7 @@ def _share_everything(module: LevelBatchNorm2d) -> bool:
     return module.options.train == module.options.population == "shared"
 
 
-def _ancestors(model: nn.Module, name: str) -> list[nn.Module]:
-    parts = name.split(".")
-    return [model.get_submodule(".".join(parts[:k])) for k in range(len(parts))]
-
-
-def _measure(
-    report: LayerReport, layer: nn.Module, precise: PopulationStatistics, seen: _Inputs
-) -> None:
+def _measure(report: LayerReport, layer: Any, precise: PopulationStatistics, seen: _Inputs) -> None:
     name, eps = report.name, layer.eps
     no_variance = precise.var < _DEAD_VARIANCE * eps
     no_weight = torch.zeros_like(no_variance)
@@ -349,8 +339,9 @@ def _measure(
         return
 
     def distance(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
-        change = change_between(tuple(t[alive] for t in one), tuple(t[alive] for t in other), eps)
-        return change.rms
+        (mean, var), (other_mean, other_var) = one, other
+        old, new = (mean[alive], var[alive]), (other_mean[alive], other_var[alive])
+        return change_between(old, new, eps).rms
 
     truth = (precise.mean, precise.var)
     has = (layer.running_mean.double(), layer.running_var.double())

@@ -14,7 +14,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..config import ConfigError
 from ..data import LeakyShapesConfig, draw_shape, honest_accuracy_limit
-from .intervals import Estimate
+from ..estimate import Estimate
 
 _SAMPLES = 500
 # Characters of an annotation file in which LeakyShapes says what it is; COCO's may be large.
@@ -126,7 +126,8 @@ def _largest_posterior(
     shared = spread**2 / (noise**2 + count * spread**2)
 
     def inner(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return ((a * b).sum(-1) - shared * a.sum(-1) * b.sum(-1)) / noise**2
+        product: np.ndarray = (a * b).sum(-1) - shared * a.sum(-1) * b.sum(-1)
+        return product / noise**2
 
     residual = pixels - levels[:, None]
     sine, cosine = amplitude * np.sin(of_class), amplitude * np.cos(of_class)
@@ -162,12 +163,12 @@ def leaky_shapes_config(dataset_name: str) -> LeakyShapesConfig | None:
             if '"leaky_shapes"' not in file.read(_HEAD):
                 return None
             file.seek(0)
-            dials = json.load(file)["info"]["leaky_shapes"]["config"]
+            dials: dict[str, Any] = json.load(file)["info"]["leaky_shapes"]["config"]
     except OSError:
         return None
-    return LeakyShapesConfig(
-        **{key: tuple(value) if isinstance(value, list) else value for key, value in dials.items()}
-    )
+    for key, value in dials.items():
+        dials[key] = tuple(value) if isinstance(value, list) else value
+    return LeakyShapesConfig(**dials)
 
 
 def compare_with_limit(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -81,8 +81,8 @@ def labelled_images(cfg: CfgNode, dataset_name: str) -> list[dict[str, Any]]:
 
 
 def sample_rois(
-    cfg: CfgNode, model: nn.Module, records: list[dict[str, Any]], *, masks: bool, seed: int = 0
-) -> Iterator[ImageRois]:
+    cfg: CfgNode, model: Any, records: list[dict[str, Any]], *, masks: bool, seed: int = 0
+) -> Generator[ImageRois]:
     """Sample RoIs image by image, as inference resizes the images and as training samples RoIs.
 
     Backbone and proposals run once an image, in the model's mode (eval, for the caller to set). An
@@ -129,9 +129,7 @@ def training_proposals(generator: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _of_image(
-    model: nn.Module, item: dict[str, Any], record: dict[str, Any], masks: bool
-) -> ImageRois:
+def _of_image(model: Any, item: dict[str, Any], record: dict[str, Any], masks: bool) -> ImageRois:
     heads = model.roi_heads
     images = model.preprocess_image([item])
     features = model.backbone(images.tensor)
@@ -185,7 +183,7 @@ def sees_one_object(image: ImageRois, margin: float) -> Tensor:
     return image.foreground & ((low < high).all(2).sum(1) == 1)
 
 
-def receptive_margin(model: nn.Module, size: int, names: list[str]) -> int:
+def receptive_margin(model: Any, size: int, names: list[str]) -> int:
     """How far beyond its box the pooled features of an RoI can see, px.
 
     Measured: the reach of the gradient of one cell of a feature map, in the middle, and the cell

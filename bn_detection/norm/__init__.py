@@ -13,7 +13,7 @@ from .batch_norms import (
     tracks_statistics,
 )
 from .collectives import Collectives, world_size
-from .convert import matches, replace_layers, set_inference
+from .convert import lineage, matches, replace_layers, set_inference
 from .functional import GroupStatistics, group_statistics, grouped_batch_norm
 from .kernels import KERNELS
 from .layer import INFERENCE, PartitionedBatchNorm2d, partitioned
@@ -60,6 +60,7 @@ __all__ = [
     "images_per_virtual_worker",
     "input_dimensions",
     "is_exact",
+    "lineage",
     "matches",
     "normalizes_in_training",
     "partition_name",

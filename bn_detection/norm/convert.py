@@ -18,6 +18,12 @@ def matches(name: str, globs: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
 
 
+def lineage(name: str) -> list[str]:
+    """The names of the modules that a module is in: from the model's, which is "", to its own."""
+    parts = name.split(".")
+    return [".".join(parts[:k]) for k in range(len(parts) + 1)]
+
+
 def set_inference(model: nn.Module, mode: str, modules: Sequence[str]) -> list[str]:
     """Choose the statistics that BN layers use at inference, in place.
 

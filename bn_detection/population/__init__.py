@@ -2,12 +2,7 @@
 
 from .average import AverageStatistics, average_running_statistics
 from .change import StatisticsChange, change_between, statistics_change
-from .collect import (
-    ROIS,
-    apply_statistics,
-    batch_norms_in_training,
-    collect_statistics,
-)
+from .collect import ROIS, apply_statistics, collect_statistics
 from .estimators import (
     ESTIMATORS,
     Estimator,
@@ -17,7 +12,8 @@ from .estimators import (
 )
 from .freeze import AFFINE, FreezeStatistics
 from .hook import PreciseStatistics, estimate_statistics
-from .layers import describe_batch_norms
+from .layers import SYNC_BATCH_NORMS, describe_batch_norms
+from .observe import batch_norms_in_training
 from .trace import TraceStatistics, read_trace
 from .untouched import untouched
 
@@ -25,6 +21,7 @@ __all__ = [
     "AFFINE",
     "ESTIMATORS",
     "ROIS",
+    "SYNC_BATCH_NORMS",
     "AverageStatistics",
     "Estimator",
     "FreezeStatistics",

@@ -4,55 +4,27 @@ from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from detectron2.layers import NaiveSyncBatchNorm
-from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
-from torch import Tensor, nn
+from torch import nn
 
-from ..norm import (
-    Collectives,
-    Groups,
-    GroupStatistics,
-    PartitionedBatchNorm2d,
-    Scope,
-    TrackingBatchNorm,
-    as_maps,
-    check_choice,
-    check_initialized,
-    group_statistics,
-    grouped_batch_norm,
-    is_exact,
-    matches,
-    normalizes_in_training,
-    tracks_statistics,
-    world_size,
-)
-from .estimators import ESTIMATORS, Estimator, PopulationStatistics
+from ..norm import GroupStatistics, check_choice, check_initialized
+from .collector import Collector
+from .estimators import ESTIMATORS, PopulationStatistics
+from .observe import batch_norms_in_training, calls_collectives, observing, without_heads
 from .untouched import untouched
 
 logger = logging.getLogger(__name__)
 
 ROIS = ("training", "inference")
 
-# The batches are merged into at most so many parts, whose spread gives the standard errors.
-_MAX_PARTS = 32
 # Batches of each worker after which a tolerance is first checked; then at twice as many, and so on.
 _FIRST_CHECK = 16
 # Relative standard error from which an estimate rests on too few samples.
 _LARGE_ERROR = 0.1
-_LOG_SECONDS = 10.0
-
-# Of ROI heads whose mask and keypoint heads come last, and can be switched off.
-_FORWARDS_OF_ROI_HEADS = (StandardROIHeads.forward, CascadeROIHeads.forward)
-_SYNC_BATCH_NORMS = (nn.SyncBatchNorm, NaiveSyncBatchNorm)
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
@@ -128,13 +100,14 @@ def collect_statistics(
         )
     for name, layer in layers.items():
         check_initialized(name, layer)
-    collector = _Collector(layers, ESTIMATORS[estimator], num_batches, forward, listener)
-    with untouched(model), collector.observing(), _without_heads(model, layers, whole_forwards):
+    collector = Collector(layers, ESTIMATORS[estimator], num_batches, forward, listener)
+    some_heads = without_heads(model, layers, whole_forwards)
+    with untouched(model), observing(layers, collector.observe), some_heads:
         if rois == "inference":
             model.eval()
             for layer in layers.values():
                 layer.train()
-        source = collector.take(iter(batches), in_step=_calls_collectives(model))
+        source = collector.take(iter(batches), in_step=calls_collectives(model))
         for goal in _checks(num_batches) if tolerance > 0 else [num_batches]:
             for batch in islice(source, goal - collector.batches):
                 collector.run(model, batch)
@@ -165,264 +138,9 @@ def apply_statistics(model: nn.Module, statistics: dict[str, PopulationStatistic
         if estimate.count < 2:
             logger.warning("%s saw %d values and keeps its statistics.", name, estimate.count)
             continue
-        layer = cast(TrackingBatchNorm, model.get_submodule(name))
+        layer: Any = model.get_submodule(name)
         layer.running_mean.copy_(estimate.mean)
         layer.running_var.copy_(estimate.var)
-
-
-def batch_norms_in_training(
-    model: nn.Module, modules: Sequence[str]
-) -> dict[str, TrackingBatchNorm]:
-    """The BN layers that are in training mode and track statistics, by name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if tracks_statistics(module) and module.training and matches(name, modules)
-    }
-
-
-def all_reduce_of_stock(layer: nn.Module, owner: str) -> Callable[[Tensor], Tensor] | None:
-    """The sum over the workers, if a layer of torch or Detectron2 normalizes their rows together.
-
-    Args:
-        layer: a BN layer.
-        owner: names it in errors.
-    """
-    spans = isinstance(layer, _SYNC_BATCH_NORMS) and world_size() > 1
-    return Collectives(owner).all_reduce if spans else None
-
-
-@contextmanager
-def _without_heads(
-    model: nn.Module, layers: Mapping[str, nn.Module], whole_forwards: bool
-) -> Iterator[None]:
-    """Leave out heads after the box head whose layers do not take part."""
-    wanted = set(layers.values())
-    left_out: list[tuple[nn.Module, str]] = []
-    for heads in [] if whole_forwards else model.modules():
-        if getattr(type(heads), "forward", None) not in _FORWARDS_OF_ROI_HEADS:
-            continue
-        for switch, head in (("mask_on", "mask_head"), ("keypoint_on", "keypoint_head")):
-            if getattr(heads, switch) and wanted.isdisjoint(getattr(heads, head).modules()):
-                left_out.append((heads, switch))
-    for heads, switch in left_out:
-        setattr(heads, switch, False)
-    try:
-        yield
-    finally:
-        for heads, switch in left_out:
-            setattr(heads, switch, True)
-
-
-class _Used(NamedTuple):
-    """What each worker used, by rank."""
-
-    batches: list[int]
-    images: list[int]
-    ended: list[bool]
-
-    def check(self, num_batches: int, allow_fewer: bool) -> None:
-        if sum(self.batches) == 0:
-            raise ValueError("There is no batch to estimate population statistics from.")
-        ended = [
-            f"worker {rank}'s after {self.batches[rank]}" for rank, e in enumerate(self.ended) if e
-        ]
-        if not ended:
-            return
-        text = (
-            f"The batches for population statistics ended early: {', '.join(ended)} of "
-            f"{num_batches}. There were {sum(self.images)} images."
-        )
-        if not allow_fewer:
-            raise ValueError(f"{text} Ask for fewer batches, or allow fewer (allow_fewer=True).")
-        cut = [rank for rank, n in enumerate(self.batches) if n < num_batches]
-        cut = [rank for rank in cut if not self.ended[rank]]
-        if cut:
-            logger.warning(
-                "%s Layers share statistics over the workers, so workers %s stopped there too, and "
-                "the rest of their images is not used.",
-                text,
-                cut,
-            )
-        else:
-            logger.info("%s All of them are used.", text)
-
-
-class _Collector:
-    def __init__(
-        self,
-        layers: dict[str, TrackingBatchNorm],
-        estimator: Estimator,
-        num_batches: int,
-        forward: Callable[[nn.Module, Any], Any],
-        listener: Callable[[str, GroupStatistics], None] | None,
-    ) -> None:
-        self.batches = self.images = 0
-        self._estimator = estimator
-        self._num_batches = num_batches
-        self._forward = forward
-        self._listener = listener
-        self._ended = False
-        self._start = self._logged = time.monotonic()
-        self._layers = layers
-        self._batch: dict[str, Tensor] = {}
-        self._parts: list[Tensor] = []
-        self._pending: list[Tensor] = []
-        self._batches_a_part = 1
-        self._batches_pending = 0
-
-    @contextmanager
-    def observing(self) -> Iterator[None]:
-        """Let the layers report the statistics of their groups; their own do not move."""
-        previous = {
-            layer: layer.observer
-            for layer in self._layers.values()
-            if isinstance(layer, PartitionedBatchNorm2d)
-        }
-        replaced: list[nn.Module] = []
-        handles: list[torch.utils.hooks.RemovableHandle] = []
-        try:
-            for name, layer in self._layers.items():
-                observe = partial(self._observe, name)
-                if isinstance(layer, PartitionedBatchNorm2d):
-                    layer.observer = observe
-                    continue
-                all_reduce = all_reduce_of_stock(layer, name)
-                if is_exact(layer):
-                    replaced.append(layer)
-                    forward = partial(_observed_forward, layer, observe, all_reduce)
-                    vars(layer)["forward"] = forward
-                else:
-                    hook = partial(_observe_input, observe=observe, all_reduce=all_reduce)
-                    handles.append(layer.register_forward_pre_hook(hook))
-            yield
-        finally:
-            for layer, observer in previous.items():
-                layer.observer = observer
-            for stock in replaced:
-                del vars(stock)["forward"]
-            for handle in handles:
-                handle.remove()
-
-    def take(self, batches: Iterator[Any], *, in_step: bool) -> Iterator[Any]:
-        """The batches; workers in step all end with the first that has no more."""
-        while True:
-            batch = next(batches, None)
-            self._ended = batch is None
-            if in_step and not _all_workers(not self._ended):
-                return
-            if self._ended:
-                return
-            self.batches += 1
-            self.images += _num_images(batch)
-            yield batch
-
-    def run(self, model: nn.Module, batch: Any) -> None:
-        """One forward pass."""
-        self._batch = {}
-        self._forward(model, batch)
-        for name, layer in self._layers.items():
-            if name not in self._batch:  # it was not called
-                self._batch[name] = self._nothing(layer.num_features)
-        self._add(torch.cat([self._batch[name] for name in self._layers], dim=1))
-        if time.monotonic() - self._logged > _LOG_SECONDS:
-            self._logged = time.monotonic()
-            left = (self._logged - self._start) / self.batches * (self._num_batches - self.batches)
-            logger.info(
-                "Population statistics: batch %d/%d, eta %ds", self.batches, self._num_batches, left
-            )
-
-    def _observe(self, name: str, statistics: GroupStatistics, spans_workers: bool) -> None:
-        if self._listener is not None:
-            self._listener(name, statistics)
-        kept = self._estimator.keep(statistics)
-        if spans_workers and dist.get_rank() > 0:
-            kept.zero_()  # all workers have them; they count once
-        if name in self._batch:
-            kept = self._merge([self._batch[name], kept])
-        self._batch[name] = kept
-
-    def _add(self, batch: Tensor) -> None:
-        self._pending.append(batch)
-        if len(self._pending) > 1:
-            self._pending = [self._merge(self._pending)]
-        self._batches_pending += 1
-        if self._batches_pending < self._batches_a_part:
-            return
-        self._parts += self._pending
-        self._pending, self._batches_pending = [], 0
-        if len(self._parts) == _MAX_PARTS:
-            pairs = zip(self._parts[::2], self._parts[1::2], strict=True)
-            self._parts = [self._merge(pair) for pair in pairs]
-            self._batches_a_part *= 2
-
-    def _merge(self, parts: Sequence[Tensor]) -> Tensor:
-        return self._estimator.merge(torch.stack(tuple(parts)))
-
-    def _nothing(self, channels: int, *parts: int) -> Tensor:
-        """What the estimator keeps of no values, ``(*parts, R, channels)``."""
-        some = next(iter(self._layers.values())).running_mean
-        return some.new_zeros(*parts, self._estimator.rows, channels, dtype=torch.float64)
-
-    def results(self) -> tuple[dict[str, PopulationStatistics], _Used]:
-        """Merge the parts of all workers: one collective."""
-        sizes = [layer.num_features for layer in self._layers.values()]
-        parts = self._nothing(sum(sizes), _MAX_PARTS)
-        for part, values in zip(parts, [*self._parts, *self._pending], strict=False):
-            part.copy_(values)
-        progress = [self.batches, self.images, self._ended]
-        message = torch.cat([parts.flatten(), parts.new_tensor(progress)])
-        gathered = [message]
-        if world_size() > 1:
-            gathered = [torch.empty_like(message) for _ in range(world_size())]
-            dist.all_gather(gathered, message)
-        of_workers = [message[: -len(progress)].view_as(parts) for message in gathered]
-        batches, images, ended = zip(
-            *(message[-len(progress) :].tolist() for message in gathered), strict=True
-        )
-        used = _Used([*map(int, batches)], [*map(int, images)], [*map(bool, ended)])
-        columns = [
-            column.split(sizes) for column in self._estimator.estimate(torch.cat(of_workers))
-        ]
-        return {
-            name: PopulationStatistics(mean, var, mean_error, var_error, int(count[0]))
-            for name, mean, var, mean_error, var_error, count in zip(
-                self._layers, *columns, strict=True
-            )
-        }, used
-
-
-def _observed_forward(
-    layer: TrackingBatchNorm,
-    observe: Callable[[GroupStatistics, bool], None],
-    all_reduce: Callable[[Tensor], Tensor] | None,
-    input: Tensor,
-) -> Tensor:
-    """That of a layer of torch in training mode, whose statistics are computed once."""
-    x, groups = as_maps(input), Groups(None, 1)
-    statistics = group_statistics(x, groups, all_reduce)
-    observe(statistics, all_reduce is not None)
-    weight = layer.weight if layer.affine else torch.ones_like(layer.running_mean)
-    bias = layer.bias if layer.affine else torch.zeros_like(layer.running_mean)
-    return grouped_batch_norm(x, weight, bias, statistics, groups, layer.eps).reshape(input.shape)
-
-
-def _observe_input(
-    layer: nn.Module,
-    args: tuple[Any, ...],
-    *,
-    observe: Callable[[GroupStatistics, bool], None],
-    all_reduce: Callable[[Tensor], Tensor] | None,
-) -> None:
-    """Before a forward of a layer's own, which may do more than normalize."""
-    statistics = group_statistics(as_maps(args[0]), Groups(None, 1), all_reduce)
-    observe(statistics, all_reduce is not None)
-
-
-def _num_images(batch: Any) -> int:
-    """The length of a batch; of a tuple, such as (images, targets), that of its first item."""
-    first = batch[0] if isinstance(batch, tuple) and batch else batch
-    return len(first) if isinstance(first, Sized) else 1
 
 
 def _checks(num_batches: int) -> Iterator[int]:
@@ -432,26 +150,6 @@ def _checks(num_batches: int) -> Iterator[int]:
         yield goal
         goal *= 2
     yield num_batches
-
-
-def _calls_collectives(model: nn.Module) -> bool:
-    """Whether a forward of the model in its mode needs all workers."""
-    if world_size() == 1:
-        return False
-    for module in model.modules():
-        if not normalizes_in_training(module):
-            continue
-        of_partition = isinstance(module, PartitionedBatchNorm2d) and module.partition.spans_workers
-        of_scope = any(isinstance(v, Scope) and v.needs_counts for v in vars(module).values())
-        if of_partition or of_scope or isinstance(module, _SYNC_BATCH_NORMS):
-            return True
-    return False
-
-
-def _all_workers(one: bool) -> bool:
-    flag = torch.tensor(int(one), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag)
 
 
 def _report(results: dict[str, PopulationStatistics], images: int, tolerance: float) -> None:

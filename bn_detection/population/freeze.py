@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .average import average_running_statistics
-from .collect import batch_norms_in_training
+from .observe import batch_norms_in_training
 
 logger = logging.getLogger(__name__)
 

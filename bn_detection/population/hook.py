@@ -1,4 +1,4 @@
-"""Precise population statistics before each evaluation and checkpoint."""
+"""Precise population statistics, estimated in the course of a training."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .collect import apply_statistics, batch_norms_in_training, collect_statistics
+from .collect import apply_statistics, collect_statistics
 from .estimators import PopulationStatistics
+from .observe import batch_norms_in_training
 from .untouched import untouched
 
 logger = logging.getLogger(__name__)

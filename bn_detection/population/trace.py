@@ -16,16 +16,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..files import replacing
-from ..norm import (
-    Groups,
-    GroupStatistics,
-    PartitionedBatchNorm2d,
-    TrackingBatchNorm,
-    group_statistics,
-)
-from .collect import all_reduce_of_stock, batch_norms_in_training
+from ..norm import GroupStatistics, PartitionedBatchNorm2d, TrackingBatchNorm
 from .estimators import PopulationStatistics
 from .layers import describe_batch_norms
+from .observe import all_reduce_of_stock, batch_norms_in_training, observe_input
 
 FILE_NAME = "bn_trace.jsonl"
 """In OUTPUT_DIR: one JSON object a line, of one layer, channel and iteration."""
@@ -100,7 +94,7 @@ class TraceStatistics(HookBase):
                     layer.observer = observe
                 else:
                     all_reduce = all_reduce_of_stock(layer, f"trace of {name}")
-                    hook = partial(_observe_input, observe, all_reduce)
+                    hook = partial(observe_input, observe=observe, all_reduce=all_reduce)
                     self._handles.append(layer.register_forward_pre_hook(hook))
 
     def after_step(self) -> None:
@@ -199,7 +193,3 @@ def _drop_from(path: Path, iteration: int) -> None:
 def _evenly_spaced(size: int, number: int) -> list[int]:
     number = min(number, size)
     return [(2 * k + 1) * size // (2 * number) for k in range(number)]
-
-
-def _observe_input(observe: Any, all_reduce: Any, layer: nn.Module, args: tuple[Tensor]) -> None:
-    observe(group_statistics(args[0], Groups(None, 1), all_reduce), all_reduce is not None)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import nn
+
+from ..generators import kept_generators
 
 
 @contextmanager
@@ -21,18 +21,12 @@ def untouched(model: nn.Module) -> Iterator[None]:
     Args:
         model: any module.
     """
-    generators = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     counters = counters_of(model)
     try:
-        yield
+        with kept_generators(on_gpus=True):
+            yield
     finally:
-        random.setstate(generators[0])
-        np.random.set_state(generators[1])  # noqa: NPY002
-        torch.set_rng_state(generators[2])
-        if on_gpus:
-            torch.cuda.set_rng_state_all(on_gpus)
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])

@@ -4,43 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
+from ..estimate import Estimate
+
 LEVEL = 0.95
 _ROUNDING = 1e-9
-
-
-class Estimate(NamedTuple):
-    """A mean with its 95 % interval.
-
-    Attributes:
-        mean: None where no value is defined.
-        low: lower end of the interval; None where there is none.
-        high: upper end.
-        number: values that the mean is of.
-        over: what the interval is over: "seeds" or "images".
-    """
-
-    mean: float | None
-    low: float | None
-    high: float | None
-    number: int
-    over: str = "seeds"
-
-    @property
-    def half_width(self) -> float | None:
-        """Half the width of the interval, or None."""
-        return None if self.low is None else (self.high - self.low) / 2
-
-    @property
-    def sign(self) -> int | None:
-        """1 where the interval is above zero, -1 below, 0 where it has zero, None without one."""
-        if self.low is None:
-            return None
-        return int(self.low > 0) - int(self.high < 0)
 
 
 def estimate(values: Sequence[float | None]) -> Estimate:
@@ -58,13 +29,13 @@ def estimate(values: Sequence[float | None]) -> Estimate:
     defined = [value for value in values if value is not None]
     number = len(defined)
     if number == 0:
-        return Estimate(None, None, None, 0)
+        return Estimate(math.nan, number=0, over="seeds")
     mean = float(np.mean(defined))
     if number == 1:
-        return Estimate(mean, None, None, 1)
+        return Estimate(mean, over="seeds")
     error = float(np.std(defined, ddof=1)) / math.sqrt(number)
     half = float(stats.t.ppf((1 + LEVEL) / 2, number - 1)) * error
-    return Estimate(mean, mean - half, mean + half, number)
+    return Estimate(mean, mean - half, mean + half, number, "seeds")
 
 
 def paired_difference(

@@ -62,13 +62,11 @@ def draw_all(results: StudyResults) -> list[Drawn]:
 
 def in_words(found: Estimate, places: int = 1) -> str:
     """An estimate as text, such as "74.2 ± 2.0" or, over images, "74.2 [72.0, 76.1]"."""
-    if found.mean is None:
+    if not found.is_known:
         return "undefined"
-    if found.low is None:
-        return f"{found.mean:.{places}f}"
-    if found.over == "images":
-        return f"{found.mean:.{places}f} [{found.low:.{places}f}, {found.high:.{places}f}]"
-    return f"{found.mean:.{places}f} ± {found.half_width:.{places}f}"
+    if found.over == "images" or not found.has_interval:
+        return found.text(places)
+    return f"{found.value:.{places}f} ± {found.half_width:.{places}f}"
 
 
 def fewer_seeds(results: StudyResults, found: Estimate) -> str:
@@ -98,11 +96,11 @@ def _over_x_axis(results: StudyResults) -> Drawn | None:
     words = []
     for index, name in enumerate(names):
         points = {run: results.estimate(BOX_AP, run, name) for run in study.runs}
-        points = {run: point for run, point in points.items() if point.mean is not None}
+        points = {run: point for run, point in points.items() if point.is_known}
         axes.errorbar(
             [float(run) for run in points],
-            [point.mean for point in points.values()],
-            [point.half_width or 0 for point in points.values()],
+            [point.value for point in points.values()],
+            [point.half_width if point.has_interval else 0 for point in points.values()],
             label=_label(name),
             color=COLORS[index % len(COLORS)],
             marker=MARKERS[index % len(MARKERS)],
@@ -394,11 +392,11 @@ def _dots(axes: Axes, places: dict[str, dict[str, Estimate]]) -> None:
         points = [
             (found, row + offset)
             for row, of in enumerate(places.values())
-            if (found := of.get(mark)) is not None and found.mean is not None
+            if (found := of.get(mark)) is not None and found.is_known
         ]
-        means = np.array([found.mean for found, _ in points])
+        means = np.array([found.value for found, _ in points])
         ends = np.array(
-            [(f.mean, f.mean) if f.low is None else (f.low, f.high) for f, _ in points]
+            [(f.low, f.high) if f.has_interval else (f.value, f.value) for f, _ in points]
         ).reshape(-1, 2)
         axes.errorbar(
             means,

@@ -92,7 +92,7 @@ def _missing(results: StudyResults) -> Iterator[str]:
             "that are there."
         )
     undefined = sum(
-        measured.value is None
+        not measured.is_known
         for metric in HEADLINES
         for place in results.values.get(metric, {}).values()
         for measured in place.values()
@@ -186,9 +186,9 @@ def _named(names: Sequence[str]) -> str:
 
 def _signed(results: StudyResults, found: Estimate, metric: str) -> str:
     """A difference with its sign and interval, such as "+15.0 ± 1.9 points, 2 of 3 seeds"."""
-    if found.mean is None:
+    if not found.is_known:
         return "undefined"
     points = "points" if unit(metric) == "%" else unit(metric)
-    text = f"{'+' if found.mean > 0 else ''}{in_words(found)} {points}"
+    text = f"{'+' if found.value > 0 else ''}{in_words(found)} {points}"
     fewer = fewer_seeds(results, found)
     return f"{text}{fewer and ', '}{fewer}".replace("-", "\N{MINUS SIGN}")

@@ -170,7 +170,7 @@ def _as_rows(results: StudyResults, table: _Table) -> dict[str, Any]:
     values = {
         (run, column): _Entry(
             _entry(results, run, metric, evaluation),
-            results.estimate(metric, run, evaluation).mean,
+            results.estimate(metric, run, evaluation).to_json()["value"],
         )
         for run in study.runs
         for column, metric, evaluation in table.columns
@@ -182,7 +182,9 @@ def _as_rows(results: StudyResults, table: _Table) -> dict[str, Any]:
             found = results.difference(metric, run, evaluation)
             if run != study.baseline and found.number:
                 text = _with_sign(results, found, metric)
-                differences[run, column] = _Entry(text, found.mean, _SIGNS[found.sign])
+                differences[run, column] = _Entry(
+                    text, found.to_json()["value"], _SIGNS[found.sign]
+                )
     names = {
         run: f"{run} (baseline)" if run == study.baseline and len(study.runs) > 1 else run
         for run in study.runs
@@ -220,7 +222,7 @@ def _grid(
 
 def _with_sign(results: StudyResults, found: Estimate, metric: str) -> str:
     text = _in_words(results, found, metric)
-    return f"{'+' if (found.mean or 0) > 0 else ''}{text}"
+    return f"{'+' if found.value > 0 else ''}{text}"
 
 
 def _facts(results: StudyResults) -> list[tuple[str, str]]:
@@ -306,12 +308,9 @@ def _cells(results: StudyResults, metrics: Sequence[str]) -> list[dict[str, Any]
     for run in results.study.runs:
         for name in (*results.study.evaluations, *PHASES):
             for seed in results.study.seeds:
-                found = [
-                    results.values.get(metric, {}).get((run, name), {}).get(seed)
-                    for metric in metrics
-                ]
-                if any(measured is not None for measured in found):
-                    numbers = [None if m is None else m.value for m in found]
+                found = [results.by_seed(metric, run, name) for metric in metrics]
+                if any(seed in by_seed for by_seed in found):
+                    numbers = [by_seed.get(seed) for by_seed in found]
                     rows.append({"run": run, "evaluation": name, "seed": seed, "values": numbers})
     return rows
 
@@ -336,7 +335,7 @@ def _write_csv(path: Path, results: StudyResults) -> None:
         for metric, places in results.values.items():
             for (run, evaluation), by_seed in places.items():
                 for seed, measured in by_seed.items():
-                    writer.writerow((run, evaluation, seed, metric, measured.value))
+                    writer.writerow((run, evaluation, seed, metric, measured.to_json()["value"]))
 
 
 def _as_json(results: StudyResults, failures: Sequence[Failure]) -> dict[str, Any]:
@@ -374,13 +373,14 @@ def _as_json(results: StudyResults, failures: Sequence[Failure]) -> dict[str, An
 
 
 def _estimate_as_json(found: Estimate) -> dict[str, Any]:
+    ends = found.to_json()
     return {
-        "mean": found.mean,
-        "half_width_95": found.half_width,
-        "low_95": found.low,
-        "high_95": found.high,
+        "mean": ends["value"],
+        "half_width_95": found.half_width if found.has_interval else None,
+        "low_95": ends["low"],
+        "high_95": ends["high"],
         "number": found.number,
-        "interval over": None if found.low is None else found.over,
+        "interval over": found.over if found.has_interval else None,
     }
 
 

@@ -7,10 +7,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
+from ..metrics import EVALUATION, PROBE, Metric
 from .estimates import Estimate, estimate, paired_difference
 from .matrix import Cell
 from .study_file import Study
@@ -18,36 +19,13 @@ from .study_file import Study
 PHASES = {"first half of training": (0.0, 0.5), "last fifth of training": (0.8, 1.0)}
 """What stands for the evaluation where a number is of the training itself: a part of it."""
 
-BOX_AP = "box AP"
+BOX_AP, MASK_AP, KEYPOINT_AP = (metric.short for metric in EVALUATION.values())
 TRAINING_ACCURACY = "training accuracy"
-_TASKS = {"bbox": BOX_AP, "segm": "mask AP", "keypoints": "keypoint AP"}
-_OF_PROBE = {
-    "accuracy": "accuracy",
-    "loss": "loss",
-    "box_ap": "box AP",
-    "mask_accuracy": "mask accuracy",
-    "mask_loss": "mask loss",
-    "mask_ap": "mask AP",
-}
 LEAKAGES = tuple(
-    f"{kind} in {name}" for name in ("accuracy", "box AP") for kind in ("leakage", "inconsistency")
+    f"{kind} in {name}" for name in ("accuracy", BOX_AP) for kind in ("leakage", "inconsistency")
 )
-HEADLINES = (BOX_AP, "mask AP", "keypoint AP", TRAINING_ACCURACY, *LEAKAGES)
+HEADLINES = (BOX_AP, MASK_AP, KEYPOINT_AP, TRAINING_ACCURACY, *LEAKAGES)
 """The metrics that have a table each, where there is a number of them."""
-
-
-class Measured(NamedTuple):
-    """A number, with its 95 % interval over images where it was computed.
-
-    Attributes:
-        value: None where it is not defined.
-        low: lower end of the interval; None without one.
-        high: upper end.
-    """
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -94,11 +72,11 @@ class StudyResults:
     """
 
     study: Study
-    values: dict[str, dict[tuple[str, str], dict[int, Measured]]] = field(default_factory=dict)
+    values: dict[str, dict[tuple[str, str], dict[int, Estimate]]] = field(default_factory=dict)
     metrics: dict[str, dict[str, dict[int, Any]]] = field(default_factory=dict)
     trainings: dict[tuple[str, int], Training] = field(default_factory=dict)
 
-    def add(self, metric: str, cell: Cell, measured: Measured) -> None:
+    def add(self, metric: str, cell: Cell, measured: Estimate) -> None:
         """Keep a number."""
         place = self.values.setdefault(metric, {}).setdefault((cell.run, cell.evaluation), {})
         place[cell.seed] = measured
@@ -111,16 +89,16 @@ class StudyResults:
     def by_seed(self, metric: str, run: str, evaluation: str) -> dict[int, float | None]:
         """The values of one run under one evaluation; empty where there is none."""
         place = self.values.get(metric, {}).get((run, evaluation), {})
-        return {seed: place[seed].value for seed in sorted(place)}
+        return {seed: place[seed].to_json()["value"] for seed in sorted(place)}
 
     def estimate(self, metric: str, run: str, evaluation: str) -> Estimate:
         """Mean and interval over the seeds; with one seed, its interval over images if known."""
         place = self.values.get(metric, {}).get((run, evaluation), {})
         if len(place) == 1:
-            ((value, low, high),) = place.values()
-            if low is not None:
-                return Estimate(value, low, high, 1, "images")
-        return estimate([measured.value for measured in place.values()])
+            (measured,) = place.values()
+            if measured.has_interval:
+                return measured
+        return estimate([*self.by_seed(metric, run, evaluation).values()])
 
     def difference(self, metric: str, run: str, evaluation: str) -> Estimate:
         """Difference to the baseline run under the same evaluation, paired over the seeds."""
@@ -139,16 +117,17 @@ def collect_results(study: Study, results: Mapping[Cell, Path], folder: Path) ->
         folder: of the study, with the trainings.
 
     Returns:
-        The numbers; percent, points (differences of percents), or nats an RoI for losses.
+        The numbers; percent, points (differences of percents), or the unit of a loss.
     """
     collected = StudyResults(study)
     for cell, path in results.items():
         content = json.loads(path.read_text())
         if study.evaluations[cell.evaluation].probe is None:
             content = content["results"]
-            for task, name in _TASKS.items():
+            for task, metric in EVALUATION.items():
                 if task in content:
-                    collected.add(name, cell, Measured(content[task]["AP"]))
+                    found = Estimate.from_json({"value": content[task]["AP"]})
+                    collected.add(metric.short, cell, found)
         else:
             _add_probe(collected, cell, content)
         by_run = collected.metrics.setdefault(cell.run, {})
@@ -164,20 +143,27 @@ def collect_results(study: Study, results: Mapping[Cell, Path], folder: Path) ->
                     # A training that has not come to its end has other halves.
                     if training.seconds is not None and accuracy is not None:
                         cell = Cell(run, phase, seed)
-                        collected.add(TRAINING_ACCURACY, cell, Measured(accuracy))
+                        collected.add(TRAINING_ACCURACY, cell, Estimate(accuracy))
     return collected
 
 
-def unit(metric: str) -> str:
-    """The unit of a metric."""
-    if metric.startswith(("leakage", "inconsistency")) or metric.endswith("limit"):
-        return "nats an RoI" if metric.endswith("loss") else "points"
-    return "nats an RoI" if "loss" in metric else "%"
+def unit(name: str) -> str:
+    """The unit of a metric of a study."""
+    metric = _metric(name)
+    is_difference = name.startswith(("leakage", "inconsistency")) or name.endswith("limit")
+    return metric.of_difference if is_difference else metric.unit
 
 
-def decimals(metric: str) -> int:
-    """The decimals that a metric is shown with."""
-    return 3 if "loss" in metric else 1
+def decimals(name: str) -> int:
+    """The decimals that a metric of a study is shown with."""
+    return _metric(name).decimals
+
+
+def _metric(name: str) -> Metric:
+    """What is measured, such as accuracy of "leakage in accuracy" and of "accuracy, shuffled"."""
+    what = name.rpartition(" in ")[2].partition(",")[0].removesuffix(" above the limit")
+    known = [m for m in (*PROBE.values(), *EVALUATION.values()) if what.endswith(m.short)]
+    return max(known, key=lambda metric: len(metric.short))
 
 
 def _add_probe(collected: StudyResults, cell: Cell, content: dict[str, Any]) -> None:
@@ -185,15 +171,11 @@ def _add_probe(collected: StudyResults, cell: Cell, content: dict[str, Any]) -> 
     named |= {f"{kind} in {{}}": content[kind] for kind in ("leakage", "inconsistency")}
     for name, numbers in named.items():
         for key, number in numbers.items():
-            collected.add(name.format(_OF_PROBE[key]), cell, _measured(number))
+            collected.add(name.format(PROBE[key].short), cell, Estimate.from_json(number))
     limit = content["limit"]
     # Nothing is above a limit of 100 %.
     if limit is not None and (limit["limit"] or 100) < 100:
-        collected.add("accuracy above the limit", cell, _measured(limit["above"]))
-
-
-def _measured(number: dict[str, float | None]) -> Measured:
-    return Measured(number["value"], number["low"], number["high"])
+        collected.add("accuracy above the limit", cell, Estimate.from_json(limit["above"]))
 
 
 def _read_training(folder: Path) -> Training:

@@ -1,0 +1,137 @@
+"""A number with its 95 % interval, and bootstrap intervals over images.
+
+Measurements on the same images are paired: they are resampled together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_PERCENTILES = (2.5, 97.5)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its 95 % interval; NaN where there is none.
+
+    Attributes:
+        value: the number.
+        low: lower end of the interval.
+        high: upper end.
+        number: of the values that it is a mean of.
+        over: what the interval is over: "images" or "seeds".
+    """
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+    number: int = 1
+    over: str = "images"
+
+    @classmethod
+    def of(cls, values: NDArray[Any]) -> Estimate:
+        """From what :func:`resample` gives: the percentile interval (Efron & Tibshirani 1993).
+
+        Args:
+            values: float ``(1 + B,)``; NaN of resamples without a value are passed over.
+        """
+        value, resampled = float(values[0]), values[1:]
+        resampled = resampled[np.isfinite(resampled)]
+        if not math.isfinite(value) or not len(resampled):
+            return cls(value)
+        low, high = np.percentile(resampled, _PERCENTILES)
+        return cls(value, float(low), float(high))
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is a number."""
+        return math.isfinite(self.value)
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether there is an interval."""
+        return math.isfinite(self.low)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Estimate:
+        """From what :meth:`to_json` gives; what is null or not there is NaN."""
+        ends = (record.get(key) for key in ("value", "low", "high"))
+        return cls(*(math.nan if end is None else end for end in ends))
+
+    @property
+    def sign(self) -> int | None:
+        """1 where the interval is above zero, -1 below, 0 where it has zero, None without one."""
+        return int(self.low > 0) - int(self.high < 0) if self.has_interval else None
+
+    @property
+    def half_width(self) -> float:
+        """Half the width of the interval."""
+        return (self.high - self.low) / 2
+
+    def exceeds(self, margin: float) -> bool:
+        """Whether the whole interval is above a margin; false without an interval.
+
+        An effect that is no larger than the margin is then said to be larger at most once in 40
+        times. An interval above 0 with a value above the margin would promise that of 0 alone.
+        """
+        return self.low > margin
+
+    def scaled(self, factor: float) -> Estimate:
+        """The estimate of a multiple of the number."""
+        low, high = sorted((factor * self.low, factor * self.high))
+        return Estimate(factor * self.value, low, high, self.number, self.over)
+
+    def text(self, decimals: int) -> str:
+        """With the interval, where there is one; "-" where there is no value."""
+        if not self.is_known:
+            return "-"
+        value, low, high = (f"{x:.{decimals}f}" for x in (self.value, self.low, self.high))
+        return f"{value} [{low}, {high}]" if self.has_interval else value
+
+    def to_json(self) -> dict[str, float | None]:
+        """The number and its interval by name; null for what is not finite."""
+        ends = {"value": self.value, "low": self.low, "high": self.high}
+        return {key: end if math.isfinite(end) else None for key, end in ends.items()}
+
+
+def resample(num_images: int, resamples: int, seed: int = 0) -> NDArray[np.int64]:
+    """How often each image is in each bootstrap resample.
+
+    Args:
+        num_images: I.
+        resamples: B.
+        seed: of the drawing.
+
+    Returns:
+        int64 ``(1 + B, I)``: a row of ones, the images as they are, and the resamples.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=resamples)
+    return np.concatenate([np.ones((1, num_images), drawn.dtype), drawn])
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A metric that is one sum over images divided by another.
+
+    Attributes:
+        numerator: float ``(I,)``, of each image.
+        denominator: likewise.
+    """
+
+    numerator: NDArray[Any]
+    denominator: NDArray[Any]
+
+    def __call__(self, weights: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Args: weights: ``(B, I)``. Returns ``(B,)``, NaN where the denominator is 0."""
+        below: NDArray[np.float64] = weights @ self.denominator.astype(float)
+        above = weights @ self.numerator.astype(float)
+        ratio = np.full(len(below), np.nan)
+        np.divide(above, below, out=ratio, where=below > 0)
+        return ratio

@@ -1,0 +1,51 @@
+"""BN202: FPN levels that are normalized apart in training, and together at inference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..layers import LayerReport
+from .finding import Examined, Finding, by_distance, count, distances
+from .fixes import convert, without_batch
+from .rules import Rule, register_finding
+
+
+@register_finding(
+    "BN202",
+    measures="levels apart, of layers for which each level is a batch in training",
+    threshold=0.25,
+    unit="standard deviations",
+)
+def levels_apart(examined: Examined, rule: Rule) -> Iterator[Finding]:
+    apart = [layer for layer in examined.layers if levels_differ(layer, rule)]
+    apart = by_distance(apart, "levels_apart")
+    separate = [x for x in apart if x.level_batches and examined.uses_population(x)]
+    if separate:
+        norm = without_batch(separate)
+        fix: dict[str, Any] = {"BN": {"CONVERT": convert(examined, separate, norm)}}
+        if examined.cfg.MODEL.META_ARCHITECTURE in ("RetinaNet", "BNRetinaNet"):
+            fix = {
+                "MODEL": {"META_ARCHITECTURE": "BNRetinaNet"},
+                "BN": {"LEVELS": {"TRAIN": "separate", "POPULATION": "separate"}},
+            }
+        yield rule.finding(
+            f"{count(separate)} normalize each FPN level by itself in training, and all levels "
+            "with the same statistics at inference.",
+            separate,
+            distances(separate, "levels_apart"),
+            fix,
+            "Give each level the statistics at inference that it has in training.",
+        )
+    together = [layer for layer in apart if not layer.level_batches]
+    if together and (worst := together[0].levels_apart):
+        yield rule.note(
+            f"FPN levels differ in {count(together)}, {together[0].name} most, by {worst.text(2)} "
+            "standard deviations. Training and inference both normalize them together.",
+            together,
+        )
+
+
+def levels_differ(layer: LayerReport, rule: Rule) -> bool:
+    """Whether the levels of a layer are further apart than this rule allows."""
+    return layer.levels_apart is not None and layer.levels_apart.exceeds(rule.threshold)

@@ -1,0 +1,28 @@
+"""BN301: frozen layers that normalize nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .finding import Evidence, Examined, Finding, count, distances
+from .fixes import convert
+from .rules import Rule, register_finding
+
+
+@register_finding(
+    "BN301", measures="whether a frozen layer has mean 0, variance 1, weight 1 and bias 0"
+)
+def frozen_as_built(examined: Examined, rule: Rule) -> Iterator[Finding]:
+    initial = [layer for layer in examined.layers if not layer.trains and layer.is_initial]
+    if initial:
+        built = Evidence("mean 0, variance 1, weight 1 and bias 0 in all of them")
+        yield rule.finding(
+            f"{count(initial)} are frozen as they were built: they normalize nothing.",
+            initial,
+            [built, *distances(initial, "ema_to_precise")],
+            {
+                "MODEL": {"BACKBONE": {"FREEZE_AT": 0}},
+                "BN": {"CONVERT": convert(examined, initial, "SyncBN")},
+            },
+            "Train them, or start from weights that have their statistics (MODEL.WEIGHTS).",
+        )

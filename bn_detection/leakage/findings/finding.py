@@ -1,0 +1,169 @@
+"""A finding, what it rests on, and the measurements that there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode
+
+from ...estimate import Estimate
+from ...metrics import DISTANCES
+from ...norm import matches
+from ..layers import LayerReport
+
+SHOWN = 5
+"""Layers that a finding names in its evidence."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One thing that a finding rests on, in words and in numbers.
+
+    Attributes:
+        text: a sentence, with the number and its interval.
+        metric: what was measured, such as ``leakage.accuracy``; "" where it is no measurement.
+        value: the number.
+        unit: of it.
+        layer: that it is of; "" for more than one.
+    """
+
+    text: str
+    metric: str = ""
+    value: Estimate | float | None = None
+    unit: str = ""
+    layer: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON types; without what there is none of."""
+        known = {key: value for key, value in vars(self).items() if value not in ("", None)}
+        if isinstance(self.value, Estimate):
+            known |= self.value.to_json()
+        return known
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that hurts the model (severity "finding"), or is worth knowing ("note").
+
+    Attributes:
+        id: of the rule, such as ``BN201``.
+        severity: "finding" or "note".
+        docs: the section of the documentation that explains it.
+        title: what it is, in a sentence or a few.
+        layers: names of the layers concerned.
+        evidence: what it rests on.
+        fix: the keys of a config that mend it in the next training; empty for a note.
+        advice: what the fix does.
+        cost: points of box AP (on the sampler's RoIs) that it is likely to cost; None if that was
+            not measured.
+    """
+
+    id: str
+    severity: str
+    docs: str
+    title: str
+    layers: tuple[str, ...] = ()
+    evidence: tuple[Evidence, ...] = ()
+    fix: Mapping[str, Any] | None = None
+    advice: str = ""
+    cost: Estimate | None = None
+
+    @property
+    def yaml(self) -> str:
+        """The fix, as lines of a config file."""
+        return as_yaml(self.fix or {})
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON types."""
+        return {
+            **vars(self),
+            "layers": list(self.layers),
+            "evidence": [item.to_json() for item in self.evidence],
+            "fix": self.fix,
+            "cost": None if self.cost is None else self.cost.to_json(),
+            "yaml": self.yaml if self.fix else "",
+        }
+
+
+def as_yaml(fix: Mapping[str, Any]) -> str:
+    """Keys of a config as lines of its file."""
+    return str(yaml.safe_dump(dict(fix), default_flow_style=None, sort_keys=False))
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What there is to conclude from.
+
+    Attributes:
+        cfg: the model's config.
+        layers: of :func:`bn_detection.leakage.layers.inspect_layers`.
+        norm_layers: names of all layers that BN.CONVERT can replace, GroupNorm and others too.
+        probe: the JSON of a :class:`bn_detection.leakage.LeakageReport`, or None.
+        workers: of the training.
+        averages_workers: whether the training averages running statistics over the workers.
+        unknown_keys: of the config, that nobody here knows.
+    """
+
+    cfg: CfgNode
+    layers: Sequence[LayerReport]
+    norm_layers: Sequence[str]
+    probe: Mapping[str, Any] | None
+    workers: int
+    averages_workers: bool
+    unknown_keys: Sequence[str] = ()
+
+    @property
+    def trained(self) -> list[LayerReport]:
+        """The layers that normalize with mini-batches in training."""
+        return [layer for layer in self.layers if layer.trains]
+
+    def uses_population(self, layer: LayerReport) -> bool:
+        """Whether inference normalizes with the population statistics of a layer."""
+        return self.cfg.BN.INFERENCE != "batch" or not matches(layer.name, self.cfg.BN.MODULES)
+
+    def probed(self, kind: str, metric: str) -> Estimate | None:
+        """``leakage`` or ``inconsistency`` in a metric, where it was measured and matters."""
+        record = (self.probe or {}).get(kind, {}).get(metric)
+        if record is None or any(record[key] is None for key in ("value", "low", "high")):
+            return None
+        if kind == "inconsistency" and not all(
+            self.uses_population(layer) for layer in self.trained if layer.rows == "RoIs"
+        ):
+            return None
+        return Estimate(**record)
+
+
+def names_of(layers: Iterable[LayerReport]) -> tuple[str, ...]:
+    """Their names in the model."""
+    return tuple(layer.name for layer in layers)
+
+
+def count(layers: Sequence[LayerReport]) -> str:
+    """Such as "3 layers"."""
+    return f"{len(layers)} layer{'s' if len(layers) > 1 else ''}"
+
+
+def by_distance(layers: Iterable[LayerReport], distance: str) -> list[LayerReport]:
+    """The layers by one of their distances, largest first; those without it last."""
+
+    def size(layer: LayerReport) -> float:
+        estimate: Estimate | None = getattr(layer, distance)
+        return -1.0 if estimate is None else estimate.value
+
+    return sorted(layers, key=size, reverse=True)
+
+
+def distances(layers: Iterable[LayerReport], distance: str) -> list[Evidence]:
+    """One of the distances of the layers in which it is largest."""
+    metric = DISTANCES[distance]
+    return [
+        Evidence(
+            f"{layer.name}: {estimate.text(metric.decimals)} {metric.unit}",
+            *(distance, estimate, metric.unit, layer.name),
+        )
+        for layer in by_distance(layers, distance)[:SHOWN]
+        if (estimate := getattr(layer, distance)) is not None
+    ]

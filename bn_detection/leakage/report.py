@@ -1,0 +1,109 @@
+"""What the leakage probe measured, in numbers and in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+from ..estimate import Estimate
+from ..metrics import PROBE
+from .limits import LimitComparison
+
+Metrics = dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class LeakageReport:
+    """What the probe measured; percent, and nats for losses.
+
+    Attributes:
+        dataset: its name.
+        images: how many were used.
+        rois: of all images.
+        foreground_rois: likewise.
+        images_per_worker: that share a batch in the mode "own_worker".
+        batch_norms: names of the layers whose batch was changed; if empty, all modes are equal.
+        batch_sizes: mean number of RoIs of a normalization batch of the box head, by mode.
+        modes: metrics by mode.
+        leakage: own worker minus shuffled: what the head reads from the RoIs of its own images.
+        inconsistency: own worker minus population: what it loses at inference.
+        limit: on LeakyShapes, the accuracy of "own_worker" against the best possible from one
+            object; None elsewhere, and where no RoI sees one object alone.
+        left_out: by name, why a head that has BN was not measured.
+    """
+
+    dataset: str
+    images: int
+    rois: int
+    foreground_rois: int
+    images_per_worker: int
+    batch_norms: list[str]
+    batch_sizes: dict[str, float]
+    modes: dict[str, Metrics]
+    leakage: Metrics
+    inconsistency: Metrics
+    limit: LimitComparison | None
+    left_out: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts and numbers; null for what there is none of."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: plain(item) for key, item in value.items()}
+            return value.to_json() if isinstance(value, Estimate | LimitComparison) else value
+
+        return {key: plain(value) for key, value in vars(self).items()}
+
+    def text(self) -> str:
+        """For a terminal: the table, and how to read it."""
+        changed = len(self.batch_norms)
+        about = (
+            f"{self.dataset}: {self.images} images, {self.rois} RoIs of the training sampler, "
+            f"{self.foreground_rois} of them foreground. {changed} layers normalize with other "
+            f"batches: the RoIs of an image, those of a worker's images (images a worker: "
+            f"{self.images_per_worker}), as many of random images; and with population statistics."
+        )
+        if not changed:
+            about += (
+                " The measured heads have no BN layer whose batch could be changed, so all modes "
+                "are equal: nothing leaks through their statistics."
+            )
+        for head, reason in self.left_out.items():
+            about += f" Left out: {head}: {reason}"
+        about += (
+            " AP on the sampler's RoIs, which hold the ground truth boxes, compares the modes; it "
+            "is not the detector's AP."
+        )
+        text = f"{about}\n{self.table()}"
+        if self.limit is not None:
+            limit = self.limit
+            text += (
+                f"\nFrom one object ({limit.cue}) an accuracy of {limit.limit:.1f} % is possible "
+                f"({limit.method}). On the {limit.rois} foreground RoIs that see one object only, "
+                f"with the own worker's batch, it is {limit.accuracy.text(1)} %: "
+                f"{limit.above.text(1)} points above."
+            )
+        return text
+
+    def table(self, style: str = "simple") -> str:
+        """A row a mode and a difference, a column a metric.
+
+        Args:
+            style: of the package ``tabulate``.
+        """
+        rows = {**self.modes, "leakage": self.leakage, "inconsistency": self.inconsistency}
+        names = {"leakage": "leakage = own_worker - shuffled"}
+        names["inconsistency"] = "inconsistency = own_worker - population"
+        metrics = list(self.leakage)
+        body = [
+            (
+                names.get(row, row),
+                *(values[metric].text(PROBE[metric].decimals) for metric in metrics),
+            )
+            for row, values in rows.items()
+        ]
+        titles = (PROBE[metric].title for metric in metrics)
+        return str(tabulate(body, ("normalization batch", *titles), style))

@@ -1,0 +1,106 @@
+"""No room of the package imports from one above it, and none imports what it has no use for."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "bn_detection"
+BELOW = {
+    "": set(),  # the modules beside the rooms
+    "page": {""},
+    "norm": set(),
+    "heads": {"", "norm"},
+    "population": {"", "norm", "heads"},
+    "data": {""},
+    "leakage": {"", "page", "norm", "heads", "population", "data"},
+    "engine": {"", "page", "norm", "heads", "population", "data", "leakage"},
+    "study": {"", "page", "norm", "heads", "population", "data", "leakage", "engine"},
+}
+BELOW["cli"] = {*BELOW, "study"}
+"""What each room may import from."""
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else ""
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The full names of the modules that a file imports, also within functions."""
+    here = ["bn_detection", *path.relative_to(PACKAGE).parts]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            base = ".".join([*here[: -node.level], *(node.module or "").split(".")]).rstrip(".")
+            if node.module:
+                yield base
+            else:  # names of modules
+                yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+def rooms_imported(path: Path) -> set[str]:
+    """The rooms that a file imports from, without its own."""
+    found = set()
+    for name in imported(path):
+        package, _, rest = name.partition(".")
+        if package == "bn_detection":
+            first = rest.partition(".")[0]
+            found.add(first if (PACKAGE / first).is_dir() and first else "")
+    return found - {room(path)}
+
+
+def test_every_room_has_its_place() -> None:
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert rooms - {"configs", "cli"} == set(BELOW) - {"", "cli"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_room_imports_from_above(path: Path) -> None:
+    if path.parent == PACKAGE and path.name in ("__init__.py", "__main__.py"):
+        return  # the public surface, and the command
+    assert rooms_imported(path) <= BELOW[room(path)]
+
+
+def test_norm_knows_torch_alone() -> None:
+    known = {*sys.stdlib_module_names, "torch", "triton", "bn_detection"}
+    for path in (PACKAGE / "norm").rglob("*.py"):
+        assert {name.partition(".")[0] for name in imported(path)} <= known, path
+
+
+def test_what_runs_uses_no_library_of_tests() -> None:
+    for path in MODULES:
+        tests = {"unittest", "pytest", "hypothesis"}
+        assert tests.isdisjoint(name.partition(".")[0] for name in imported(path)), path
+
+
+def test_the_check_sees_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "norm"
+    folder.mkdir()
+    (tmp_path / "study").mkdir()
+    file = folder / "wrong.py"
+    file.write_text(
+        "from ..study import report\nfrom ..config import x\nfrom .. import study\n"
+        "def f():\n    import bn_detection.study.report\n    from . import layer\n"
+    )
+    monkeypatch.setitem(globals(), "PACKAGE", tmp_path)
+    assert rooms_imported(file) == {"study", ""}
+
+
+@pytest.mark.timeout(120)
+def test_a_training_imports_no_library_of_figures_and_pages() -> None:
+    code = "import sys, bn_detection.engine; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=110
+    )
+    assert {"matplotlib", "jinja2", "scipy.stats"}.isdisjoint(done.stdout.split())
