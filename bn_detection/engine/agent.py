@@ -70,7 +70,7 @@ def run_workers(
     logger.propagate = False  # it logs at length what is raised here
     rendezvous = DynamicRendezvousHandler.from_backend(
         *(_JOB, store, C10dRendezvousBackend(store, _JOB), num_machines, num_machines),
-        local_addr="localhost",  # of a second store, which nobody uses
+        local_addr="127.0.0.1",  # of a second store, which nobody uses
         timeout=RendezvousTimeout(join=call[-1]),
     )
     signals = (*STOP_SIGNALS, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -243,10 +243,7 @@ def _when(failure: ProcessFailure) -> float:
 def _describe_exit(code: int) -> str:
     if code > 0:
         return f"it exited with status {code}, without an exception"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
+    name = next((one.name for one in signal.Signals if one == -code), f"signal {-code}")
     hint = ""
     if code == -signal.SIGKILL:
         hint = (
