@@ -61,8 +61,9 @@ class Estimate:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Estimate:
         """From what :meth:`to_json` gives; what is null or not there is NaN."""
-        ends = (record.get(key) for key in ("value", "low", "high"))
-        return cls(*(math.nan if end is None else end for end in ends))
+        ends = [record.get(key) for key in ("value", "low", "high")]
+        value, low, high = (math.nan if end is None else end for end in ends)
+        return cls(value, low, high)
 
     @property
     def sign(self) -> int | None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from .finding import SHOWN, Evidence, Examined, Finding, count
+from .finding import SHOWN, Evidence, Examined, count
 from .fixes import of_population
-from .rules import Rule, register_finding
+from .rules import Found, Rule, register_finding
 
 
 @register_finding(
     "BN101", measures="channels whose variance is negative, or whose statistics are not finite"
 )
-def impossible(examined: Examined, rule: Rule) -> Iterator[Finding]:
+def impossible(examined: Examined, rule: Rule) -> Found:
     layers = [layer for layer in examined.layers if layer.impossible]
     if layers:
         yield rule.finding(

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from ...words import listed
-from .finding import SHOWN, Evidence, Examined, Finding, count, distances, names_of
+from .finding import Evidence, Examined, count, distances, named
 from .fixes import of_population
-from .rules import Rule, register_finding, used
+from .rules import Found, Rule, register_finding, used
 
 
 @register_finding("BN102", measures="whether all running means are 0 and all running variances 1")
-def never_updated(examined: Examined, rule: Rule) -> Iterator[Finding]:
+def never_updated(examined: Examined, rule: Rule) -> Found:
     built = [layer for layer in examined.trained if layer.is_initial]
     initial, notes = used(examined, built, "were never updated", rule)
     yield from notes
@@ -33,6 +30,6 @@ def never_updated(examined: Examined, rule: Rule) -> Iterator[Finding]:
     if uncounted:
         yield rule.note(
             f"{count(uncounted)} have statistics, but counted no step of training: they come "
-            f"from a checkpoint without counters ({listed(names_of(uncounted), SHOWN)}).",
+            f"from a checkpoint without counters ({named(uncounted)}).",
             uncounted,
         )

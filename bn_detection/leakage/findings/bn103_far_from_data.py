@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from ...estimate import Estimate
 from ...norm import matches
 from ..layers import LayerReport
 from .bn202_levels_apart import levels_differ
-from .finding import Examined, Finding, by_distance, count, distances
+from .finding import Examined, by_distance, count, distances
 from .fixes import of_population
-from .rules import Rule, configured_rules, register_finding, used
+from .rules import Found, Rule, configured_rules, register_finding, used
 
 # What the probe's box AP depends on.
 _BOX = ("roi_heads.box_head.", "roi_heads.box_predictor.")
@@ -23,7 +23,7 @@ _BOX = ("roi_heads.box_head.", "roi_heads.box_predictor.")
     threshold=0.25,
     unit="standard deviations",
 )
-def far_from_data(examined: Examined, rule: Rule) -> Iterator[Finding]:
+def far_from_data(examined: Examined, rule: Rule) -> Found:
     cfg = examined.cfg
     # Precise statistics do not mend one population for levels that are normalized apart.
     levels = configured_rules(cfg)["BN202"]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from ...words import listed
 from ..layers import LayerReport
-from .finding import SHOWN, Evidence, Examined, Finding, count, names_of
+from .finding import SHOWN, Evidence, Examined, count, named, names_of
 from .fixes import convert
-from .rules import Rule, register_finding
+from .rules import Found, Rule, register_finding
 
 
 @register_finding(
@@ -19,7 +18,7 @@ from .rules import Rule, register_finding
     threshold=0.1,
     unit="standard deviations",
 )
-def workers_apart(examined: Examined, rule: Rule) -> Iterator[Finding]:
+def workers_apart(examined: Examined, rule: Rule) -> Found:
     cfg = examined.cfg
     by_fvcore = cfg.BN.POPULATION.ESTIMATOR == "fvcore" or cfg.TEST.PRECISE_BN.ENABLED
     if examined.workers == 1 or (examined.averages_workers and not by_fvcore):
@@ -30,7 +29,7 @@ def workers_apart(examined: Examined, rule: Rule) -> Iterator[Finding]:
     if joined and any(layer.spans_workers for layer in examined.trained):
         yield rule.note(
             f"How far two workers are apart is unknown for {count(joined)}: they were measured "
-            f"with the images of all workers together ({listed(names_of(joined), SHOWN)}).",
+            f"with the images of all workers together ({named(joined)}).",
             joined,
         )
         layers = [layer for layer in layers if layer not in joined]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from ...heads import HEADS
 from ...metrics import PROBE
 from ..layers import LayerReport
-from .finding import Evidence, Examined, Finding
+from .finding import Evidence, Examined
 from .fixes import of_head
-from .rules import Rule, register_finding
+from .rules import Found, Rule, register_finding
 
 _THAN = {
     "leakage": "as many RoIs of random images",
@@ -23,7 +23,7 @@ _THAN = {
     threshold=1.0,
     unit="points",
 )
-def reads_its_batch(examined: Examined, rule: Rule) -> Iterator[Finding]:
+def reads_its_batch(examined: Examined, rule: Rule) -> Found:
     for head, accuracy, ap in (("box", "accuracy", "box_ap"), ("mask", "mask_accuracy", "mask_ap")):
         prefix = HEADS[f"ROI_{head.upper()}_HEAD"].prefix
         layers = [layer for layer in examined.trained if layer.name.startswith(prefix)]
@@ -46,7 +46,7 @@ def _judge(
     head: str,
     layers: Sequence[LayerReport],
     metrics: tuple[str, str],
-) -> Iterator[Finding]:
+) -> Found:
     found = {
         (kind, metric): estimate
         for kind in ("leakage", "inconsistency")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from ..layers import LayerReport
-from .finding import Examined, Finding, by_distance, count, distances
+from .finding import Examined, by_distance, count, distances
 from .fixes import convert, without_batch
-from .rules import Rule, register_finding
+from .rules import Found, Rule, register_finding
 
 
 @register_finding(
@@ -17,7 +16,7 @@ from .rules import Rule, register_finding
     threshold=0.25,
     unit="standard deviations",
 )
-def levels_apart(examined: Examined, rule: Rule) -> Iterator[Finding]:
+def levels_apart(examined: Examined, rule: Rule) -> Found:
     apart = [layer for layer in examined.layers if levels_differ(layer, rule)]
     apart = by_distance(apart, "levels_apart")
     separate = [x for x in apart if x.level_batches and examined.uses_population(x)]

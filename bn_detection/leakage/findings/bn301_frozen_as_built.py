@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from .finding import Evidence, Examined, Finding, count, distances
+from .finding import Evidence, Examined, count, distances
 from .fixes import convert
-from .rules import Rule, register_finding
+from .rules import Found, Rule, register_finding
 
 
 @register_finding(
     "BN301", measures="whether a frozen layer has mean 0, variance 1, weight 1 and bias 0"
 )
-def frozen_as_built(examined: Examined, rule: Rule) -> Iterator[Finding]:
+def frozen_as_built(examined: Examined, rule: Rule) -> Found:
     initial = [layer for layer in examined.layers if not layer.trains and layer.is_initial]
     if initial:
         built = Evidence("mean 0, variance 1, weight 1 and bias 0 in all of them")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from .finding import Examined, Finding, by_distance, count, distances
+from .finding import Examined, by_distance, count, distances
 from .fixes import convert
-from .rules import Rule, configured_rules, register_finding
+from .rules import Found, Rule, configured_rules, register_finding
 
 
 @register_finding(
@@ -15,7 +13,7 @@ from .rules import Rule, configured_rules, register_finding
     threshold=1.0,
     unit="standard deviations",
 )
-def frozen_of_other_data(examined: Examined, rule: Rule) -> Iterator[Finding]:
+def frozen_of_other_data(examined: Examined, rule: Rule) -> Found:
     measured = by_distance(
         (x for x in examined.layers if not (x.trains or x.is_initial or x.is_folded)),
         "ema_to_precise",

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from ...words import listed
-from .finding import SHOWN, Evidence, Examined, Finding, count, names_of
+from .finding import Evidence, Examined, count, named
 from .fixes import convert
-from .rules import Rule, register_finding
+from .rules import Found, Rule, register_finding
 
 
 @register_finding(
     "BN303", measures="whether requires_grad is False in a layer that normalizes with its batch"
 )
-def looks_frozen(examined: Examined, rule: Rule) -> Iterator[Finding]:
+def looks_frozen(examined: Examined, rule: Rule) -> Found:
     half = [layer for layer in examined.trained if layer.affine_frozen]
     if half:
         yield rule.finding(
@@ -28,6 +25,6 @@ def looks_frozen(examined: Examined, rule: Rule) -> Iterator[Finding]:
     if still:
         yield rule.note(
             f"The momentum of {count(still)} is 0: in training their running statistics stay as "
-            f"they are ({listed(names_of(still), SHOWN)}).",
+            f"they are ({named(still)}).",
             still,
         )

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from ...words import listed
-from .finding import SHOWN, Evidence, Examined, Finding, count, names_of
-from .rules import Rule, register_finding
+from .finding import SHOWN, Evidence, Examined, count, named
+from .rules import Found, Rule, register_finding
 
 
 @register_finding(
@@ -15,7 +12,7 @@ from .rules import Rule, register_finding
     threshold=0.25,
     unit="of the channels",
 )
-def dead_channels(examined: Examined, rule: Rule) -> Iterator[Finding]:
+def dead_channels(examined: Examined, rule: Rule) -> Found:
     dead = [layer for layer in examined.layers if layer.dead]
     many = [x for x in dead if x.trains and len(x.dead) >= rule.threshold * x.channels]
     if many:
@@ -42,6 +39,6 @@ def dead_channels(examined: Examined, rule: Rule) -> Iterator[Finding]:
         channels = sum(len(layer.dead) for layer in few)
         yield rule.note(
             f"{channels} of {sum(layer.channels for layer in few)} channels of {count(few)} are "
-            f"dead, without variance or weight ({listed(names_of(few), SHOWN)}).",
+            f"dead, without variance or weight ({named(few)}).",
             few,
         )

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from ...metrics import PROBE
-from .finding import Evidence, Examined, Finding
-from .rules import Rule, register_finding
+from .finding import Evidence, Examined
+from .rules import Found, Rule, register_finding
 
 
 @register_finding(
     "BN501", measures="inconsistency in box AP", threshold=1.0, unit="points", residual=True
 )
-def batch_is_better(examined: Examined, rule: Rule) -> Iterator[Finding]:
+def batch_is_better(examined: Examined, rule: Rule) -> Found:
     lost = examined.probed("inconsistency", "box_ap")
     layers = [layer for layer in examined.trained if layer.name.startswith("roi_heads.")]
     if lost is not None and layers and lost.exceeds(rule.threshold):

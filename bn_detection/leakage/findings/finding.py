@@ -12,6 +12,7 @@ from detectron2.config import CfgNode
 from ...estimate import Estimate
 from ...metrics import DISTANCES
 from ...norm import matches
+from ...words import listed
 from ..layers import LayerReport
 
 SHOWN = 5
@@ -139,6 +140,11 @@ class Examined:
 def names_of(layers: Iterable[LayerReport]) -> tuple[str, ...]:
     """Their names in the model."""
     return tuple(layer.name for layer in layers)
+
+
+def named(layers: Iterable[LayerReport]) -> str:
+    """The names of the first layers, and how many more there are."""
+    return listed(names_of(layers), SHOWN)
 
 
 def count(layers: Sequence[LayerReport]) -> str:

@@ -11,12 +11,12 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from ...config import ConfigError
-from ...words import listed
 from ..layers import LayerReport
-from .finding import SHOWN, Evidence, Examined, Finding, count, names_of
+from .finding import Evidence, Examined, Finding, count, named, names_of
 
 SEVERITIES = ("finding", "note")
-Examine = Callable[[Examined, "Rule"], Iterator[Finding]]
+Found = Iterator[Finding]
+Examine = Callable[[Examined, "Rule"], Found]
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,6 @@ def used(
     unused = [layer for layer in layers if not examined.uses_population(layer)]
     text = (
         f"The running statistics of {count(unused)} {what}; with BN.INFERENCE batch they are not "
-        f"used ({listed(names_of(unused), SHOWN)})."
+        f"used ({named(unused)})."
     )
     return [x for x in layers if x not in unused], [rule.note(text, unused)] if unused else []
