@@ -113,14 +113,14 @@ def add_bn_detection_config(cfg: CfgNode) -> None:
 
     # The leakage probe: bn-detection probe and diagnose, and the evaluations of studies.
     cfg.BN.LEAKAGE = CN()
-    # Images of DATASETS.TEST that it uses, evenly spaced; 0 for all.
+    # Images of DATASETS.TEST that it uses, random ones; 0 for all.
     cfg.BN.LEAKAGE.NUM_IMAGES = 0
     # Images of a worker (or virtual worker) in training, which share the batch of the mode "own
     # worker"; 0 for SOLVER.IMS_PER_BATCH over BN.VIRTUAL_WORKERS (then --num-gpus).
     cfg.BN.LEAKAGE.IMAGES_PER_WORKER = 0
-    # Images whose RoIs are shuffled together.
-    cfg.BN.LEAKAGE.SHUFFLED_IMAGES = 16
-    # Resamples of the images for the 95 % bootstrap intervals.
+    # Images whose RoIs are shuffled together; at least those of 8 workers.
+    cfg.BN.LEAKAGE.SHUFFLED_IMAGES = 8
+    # Resamples for the 95 % bootstrap intervals, of images that are shuffled together.
     cfg.BN.LEAKAGE.RESAMPLES = 1000
 
     # What a diagnosis finds: tools/diagnose.py.

@@ -1,6 +1,7 @@
-"""A number with its 95 % interval, and bootstrap intervals over images.
+"""A number with its 95 % interval, and bootstrap intervals.
 
-Measurements on the same images are paired: they are resampled together.
+Images that share a normalization batch depend on each other. What is resampled are units that share
+none, whole; measurements on the same units are paired: they are resampled together.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtri, stdtrit
 
 _PERCENTILES = (2.5, 97.5)
 
@@ -35,17 +37,23 @@ class Estimate:
     over: str = "images"
 
     @classmethod
-    def of(cls, values: NDArray[Any]) -> Estimate:
+    def of(cls, values: NDArray[Any], units: int) -> Estimate:
         """From what :func:`resample` gives: the percentile interval (Efron & Tibshirani 1993).
+
+        The interval of n units is widened by t(n - 1) / z sqrt(n / (n - 1)), of 97.5 %, which
+        makes that of a mean Student's.
 
         Args:
             values: float ``(1 + B,)``; NaN of resamples without a value are passed over.
+            units: that were resampled; from one there is no interval.
         """
         value, resampled = float(values[0]), values[1:]
         resampled = resampled[np.isfinite(resampled)]
-        if not math.isfinite(value) or not len(resampled):
+        if not math.isfinite(value) or not len(resampled) or units < 2:
             return cls(value)
-        low, high = np.percentile(resampled, _PERCENTILES)
+        widened = stdtrit(units - 1, 0.975) / ndtri(0.975)
+        widened *= math.sqrt(units / (units - 1))
+        low, high = value + widened * (np.percentile(resampled, _PERCENTILES) - value)
         return cls(value, float(low), float(high))
 
     @property
@@ -101,20 +109,20 @@ class Estimate:
         return {key: end if math.isfinite(end) else None for key, end in ends.items()}
 
 
-def resample(num_images: int, resamples: int, seed: int = 0) -> NDArray[np.int64]:
-    """How often each image is in each bootstrap resample.
+def resample(units: int, resamples: int, seed: int = 0) -> NDArray[np.int64]:
+    """How often each unit is in each bootstrap resample.
 
     Args:
-        num_images: I.
+        units: n.
         resamples: B.
         seed: of the drawing.
 
     Returns:
-        int64 ``(1 + B, I)``: a row of ones, the images as they are, and the resamples.
+        int64 ``(1 + B, n)``: a row of ones, the units as they are, and the resamples.
     """
     rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=resamples)
-    return np.concatenate([np.ones((1, num_images), drawn.dtype), drawn])
+    drawn = rng.multinomial(units, np.full(units, 1 / units), size=resamples)
+    return np.concatenate([np.ones((1, units), drawn.dtype), drawn])
 
 
 @dataclass(frozen=True)

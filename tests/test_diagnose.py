@@ -199,6 +199,7 @@ def probe(leakage: float, inconsistency: float, half: float = 1.0) -> dict[str, 
         return {"accuracy": one, "box_ap": one, "mask_accuracy": one, "mask_ap": one}
 
     measured = {"leakage": metrics(leakage), "inconsistency": metrics(inconsistency)}
+    measured["staleness"] = metrics(inconsistency - leakage)
     return {**measured, "images_per_worker": 2}
 
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from test_diagnose import SAMPLES, config, estimate, examined, layer, probe
 from torch import nn
 
-from bn_detection import ConfigError, cli
+from bn_detection import ConfigError
+from bn_detection.cli.diagnose import FORMATS
 from bn_detection.estimate import Estimate
 from bn_detection.heads import convert_norm, norm_layers
 from bn_detection.leakage import findings
@@ -284,7 +285,7 @@ def test_keys_of_all_findings_together(diagnosis: Diagnosis) -> None:
     assert combined([]) == {}
 
 
-@pytest.mark.parametrize("style", cli.diagnose.FORMATS)
+@pytest.mark.parametrize("style", FORMATS)
 def test_all_is_said_in_every_form(diagnosis: Diagnosis, style: str) -> None:
     shown = " ".join(render_diagnosis(diagnosis, style, configured_rules(config())).split())
     for finding in (*diagnosis.findings, *diagnosis.notes):

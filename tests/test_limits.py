@@ -137,9 +137,9 @@ def test_no_dials_of_an_annotation_file_that_cannot_be_opened(file: str) -> None
 
 
 def test_comparison_is_in_points() -> None:
-    compared = compare_with_limit(NO_TEXTURE, np.array([60.0, *np.linspace(50, 70, 201)]), 9)
+    compared = compare_with_limit(NO_TEXTURE, np.array([60.0, *np.linspace(50, 70, 201)]), 9, 10**6)
     assert (compared.cue, compared.method) == ("leaky cue", "closed form")
     assert compared.limit == pytest.approx(41.17, abs=0.01)
     assert compared.above.value == pytest.approx(60 - compared.limit)
     assert compared.above.low == pytest.approx(50.5 - compared.limit)
-    assert compare_with_limit(LeakyShapesConfig(), np.full(3, 99.0), 9).method == "Monte Carlo"
+    assert compare_with_limit(LeakyShapesConfig(), np.full(3, 99.0), 9, 2).method == "Monte Carlo"

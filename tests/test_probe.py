@@ -41,9 +41,10 @@ from bn_detection.leakage.batches import (
     MODES,
     normalization_batches,
     normalizing,
+    own_shares,
     run_in_batches,
 )
-from bn_detection.leakage.rois import receptive_margin, sample_rois
+from bn_detection.leakage.rois import draw, receptive_margin, sample_rois
 
 IMAGES = 5
 PLAIN = LeakyShapesConfig(texture_amplitude=0.0, pixel_noise=0.0, background_std=0.0)
@@ -109,7 +110,7 @@ def test_own_image_is_what_upstream_computes_in_training(data: Path) -> None:
     totals = dict.fromkeys(("loss", "correct", "mask_loss", "mask_correct"), 0.0)
     rois = foreground = 0
     model.eval()
-    records = DatasetCatalog.get(cfg.DATASETS.TEST[0])[:4]
+    records = sorted(DatasetCatalog.get(cfg.DATASETS.TEST[0]), key=draw)[:4]
     sampled = list(sample_rois(cfg, model, records, masks=True))
     model.train()
     for image in sampled:
@@ -193,10 +194,8 @@ def test_heads_without_batch_statistics_leak_nothing(data: Path) -> None:
     assert report.batch_norms == []
     assert "no BN layer" in report.text()
     assert {*report.modes["shuffled"]} == {"accuracy", "loss", "box_ap"}
-    for differences in (report.leakage, report.inconsistency):
-        assert all(
-            value.to_json() == {"value": 0, "low": 0, "high": 0} for value in differences.values()
-        )
+    for differences in (report.leakage, report.inconsistency, report.staleness):
+        assert all(difference.value == 0 for difference in differences.values())
 
 
 def test_a_head_that_ignores_its_normalized_values_leaks_nothing(data: Path) -> None:
@@ -281,6 +280,65 @@ def simulated_accuracies() -> tuple[float, float]:
         nearest = np.abs(relative[..., None] - (np.arange(4) - 1.5) * 22 / 24.9).argmin(-1)
         accuracies.append(100 * (nearest == c).mean())
     return accuracies[0], accuracies[1]
+
+
+def test_the_order_of_the_file_is_no_matter(data: Path, tmp_path: Path) -> None:
+    split = data / "val"
+    content = json.loads((split / "annotations.json").read_text())
+    reports = []
+    for name, order in (("as_it_is", 1), ("backwards", -1)):
+        content["images"] = content["images"][::order]
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        cfg = config(data, "BN.LEAKAGE.IMAGES_PER_WORKER", 1, "BN.LEAKAGE.NUM_IMAGES", 4)
+        files = [name, str(tmp_path / f"{name}.json"), str(split / "images")]
+        cfg.DATASETS.COCO_JSON, cfg.DATASETS.TEST = [files], (name,)
+        register_datasets(cfg)
+        reports.append(measure_leakage(cfg, build(cfg)).to_json() | {"dataset": ""})
+    assert reports[0]["images"] == 4 < IMAGES
+    assert reports[0] == reports[1]
+
+
+def test_shares_of_the_own_worker() -> None:
+    # Two workers of two images; of the first batch three RoIs are of the first worker, one is not.
+    batches = [torch.tensor([0, 1, 2, 5]), torch.tensor([3, 4])]
+    shares = own_shares(batches, [2, 1, 0, 3], 2)
+    assert shares == [0.75, 0.75, 0.75, 0.25, 1, 1]
+    assert own_shares([torch.arange(3), torch.arange(3, 6)], [2, 1, 0, 3], 2) == [1] * 6
+
+
+WINDOWS, WORKERS, OBJECTS = 12, 8, 6
+
+
+def correct_of_windows(seed: int, windows: int, cast: float) -> np.ndarray:
+    """Correct objects, ``(2, windows, WORKERS)``: in the own worker's batch, and shuffled.
+
+    Of a head that tells two classes by the brightness relative to its batch, on images of one
+    worker each, whose objects share a cast.
+    """
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(2, size=(windows, WORKERS, OBJECTS))
+    brightness = 2 * labels - 1 + rng.normal(0, cast, (windows, WORKERS, 1))
+    brightness = brightness + rng.normal(0, 1, labels.shape)
+    order = rng.permuted(np.tile(np.arange(WORKERS * OBJECTS), (windows, 1)), axis=1)
+    mixed = np.take_along_axis(brightness.reshape(windows, -1), order, 1).reshape(labels.shape)
+    bright = (mixed > mixed.mean(2, keepdims=True)).reshape(windows, -1)
+    shuffled = np.take_along_axis(bright, np.argsort(order, 1), 1).reshape(labels.shape)
+    own = brightness > brightness.mean(2, keepdims=True)
+    return np.stack([(guess == labels).sum(2) for guess in (own, shuffled)])
+
+
+@pytest.mark.parametrize(("cast", "leak"), [(0.0, 0.0), (0.86, 5.0)])
+def test_intervals_cover_a_known_leak(cast: float, leak: float) -> None:
+    own, shuffled = correct_of_windows(0, 100_000, cast).mean((1, 2)) * 100 / OBJECTS
+    assert own - shuffled == pytest.approx(leak, abs=0.3)
+    covered = 0
+    weights = resample(WINDOWS, 400).repeat(WORKERS, axis=1)
+    for repetition in range(1, 201):
+        correct = correct_of_windows(repetition, WINDOWS, cast).reshape(2, -1)
+        accuracy = [Ratio(100 * c, np.full(c.shape, OBJECTS))(weights) for c in correct]
+        found = Estimate.of(accuracy[0] - accuracy[1], WINDOWS)
+        covered += found.low <= own - shuffled <= found.high
+    assert 0.9 * 200 <= covered <= 0.99 * 200
 
 
 def test_one_image_a_worker_is_computed_once(data: Path) -> None:
@@ -416,12 +474,12 @@ def test_ap_without_detections_or_objects() -> None:
 def test_intervals_of_a_mean_are_those_of_the_normal_distribution() -> None:
     rng = np.random.default_rng(0)
     above, below = rng.normal(5, 2, 400), np.ones(400)
-    estimate = Estimate.of(Ratio(above, below)(resample(400, 4000)))
+    estimate = Estimate.of(Ratio(above, below)(resample(400, 4000)), 400)
     half = 1.96 * above.std() / 20
     assert estimate.value == pytest.approx(above.mean())
     assert estimate.low == pytest.approx(above.mean() - half, abs=0.1 * half)
     assert estimate.high == pytest.approx(above.mean() + half, abs=0.1 * half)
-    unknown = Estimate.of(Ratio(above, np.zeros(400))(resample(400, 3)))
+    unknown = Estimate.of(Ratio(above, np.zeros(400))(resample(400, 3)), 400)
     assert unknown.to_json() == {"value": None, "low": None, "high": None}
 
 

@@ -77,6 +77,28 @@ def normalization_batches(
     return [rows for rows in batches if len(rows)]
 
 
+def own_shares(
+    batches: Sequence[Tensor], counts: Sequence[int], images_per_worker: int
+) -> list[float]:
+    """How much of its normalization batch is of an RoI's own worker, itself included.
+
+    Args:
+        batches: of :func:`normalization_batches`.
+        counts: RoIs of each image.
+        images_per_worker: images of each worker.
+
+    Returns:
+        For each RoI, from 0 to 1; in the order of the batches.
+    """
+    workers = torch.arange(len(counts)) // images_per_worker
+    worker_of = workers.repeat_interleave(torch.tensor(counts))
+    shares: list[float] = []
+    for rows in batches:
+        here = worker_of[rows]
+        shares += (torch.bincount(here)[here] / len(rows)).tolist()
+    return shares
+
+
 def run_in_batches(
     layers: Callable[[Tensor], tuple[Tensor, ...]], features: Tensor, batches: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:

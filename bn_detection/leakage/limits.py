@@ -172,7 +172,7 @@ def leaky_shapes_config(dataset_name: str) -> LeakyShapesConfig | None:
 
 
 def compare_with_limit(
-    config: LeakyShapesConfig, accuracy: np.ndarray, rois: int
+    config: LeakyShapesConfig, accuracy: np.ndarray, rois: int, units: int
 ) -> LimitComparison:
     """Compare an accuracy with the best possible from one object.
 
@@ -180,6 +180,7 @@ def compare_with_limit(
         config: the dials of the dataset.
         accuracy: percent, of the images and of their resamples, as for :meth:`Estimate.of`.
         rois: how many it is the accuracy of.
+        units: that were resampled.
 
     Raises:
         ConfigError: a texture without pixel noise.
@@ -196,6 +197,6 @@ def compare_with_limit(
         limit=100 * limit,
         limit_error=100 * error,
         rois=rois,
-        accuracy=Estimate.of(accuracy),
-        above=Estimate.of(accuracy - 100 * limit),
+        accuracy=Estimate.of(accuracy, units),
+        above=Estimate.of(accuracy - 100 * limit, units),
     )

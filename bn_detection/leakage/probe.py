@@ -13,7 +13,6 @@ from contextlib import closing
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNN
@@ -26,22 +25,24 @@ from ..config import ConfigError
 from ..population import untouched
 from .batches import batch_norms
 from .report import LeakageReport
-from .rois import ImageRois, labelled_images, sample_rois
+from .rois import ImageRois, draw, labelled_images, sample_rois
 from .scoring import MASK_HEAD, Scores
 
 logger = logging.getLogger(__name__)
 
 _LOG_SECONDS = 10.0
-# Own batches are compared with RoIs that come from at least so many workers.
-_LEAST_WORKERS = 4
+# Own batches are compared with RoIs that come from at least so many workers, if there are two times
+# as many: without a second window nothing has an interval.
+_LEAST_WORKERS = 8
 
 
 def measure_leakage(cfg: CfgNode, model: nn.Module, *, num_workers: int = 1) -> LeakageReport:
     """Evaluate a detector's second stage with four kinds of normalization batch.
 
     The RoIs are those that training would sample from the labelled images of ``DATASETS.TEST[0]``,
-    resized as inference does, the same for all modes. The model, and the random number generators,
-    are afterwards as they were.
+    resized as inference does, the same for all modes. Which images share a batch is random, and
+    no matter of their order in the dataset. The model, and the random number generators, are
+    afterwards as they were.
 
     Args:
         cfg: with the keys of :func:`bn_detection.add_bn_detection_config`; ``BN.LEAKAGE`` says how
@@ -137,7 +138,11 @@ def images_per_worker(cfg: CfgNode, num_workers: int) -> int:
 
 
 def _choose(cfg: CfgNode, per_worker: int) -> list[dict[str, Any]]:
-    """Evenly spaced labelled images, as many as fill some workers."""
+    """Labelled images in random order, as many as fill some workers.
+
+    Files have the images of a scene, a camera or a day side by side, which look alike: RoIs of
+    neighbours would say nearly as much as those of the own image.
+    """
     name, wanted = cfg.DATASETS.TEST[0], cfg.BN.LEAKAGE.NUM_IMAGES
     records = labelled_images(cfg, name)
     number = min(wanted or len(records), len(records)) // per_worker * per_worker
@@ -147,7 +152,7 @@ def _choose(cfg: CfgNode, per_worker: int) -> list[dict[str, Any]]:
             f"have labels, and with {per_worker} images a worker (BN.LEAKAGE.IMAGES_PER_WORKER) "
             f"the probe needs {2 * per_worker} or more."
         )
-    return [records[i] for i in np.arange(number) * len(records) // number]
+    return sorted(records, key=draw)[:number]
 
 
 def _windows(
@@ -155,7 +160,8 @@ def _windows(
 ) -> Iterator[list[ImageRois]]:
     """Images to shuffle together: workers divided evenly into parts of about the wanted size."""
     workers = expected // per_worker
-    number = max(workers // max(shuffled_images // per_worker, _LEAST_WORKERS), 1)
+    least = 1 if workers < 4 else 2
+    number = max(workers // max(shuffled_images // per_worker, _LEAST_WORKERS), least)
     last_logged = start = time.monotonic()
     done = 0
     for k in range(number):

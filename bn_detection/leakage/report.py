@@ -27,8 +27,12 @@ class LeakageReport:
         batch_norms: names of the layers whose batch was changed; if empty, all modes are equal.
         batch_sizes: mean number of RoIs of a normalization batch of the box head, by mode.
         modes: metrics by mode.
+        own_shares: mean share of RoIs of the own worker in a batch of the box head, by mode, in
+            percent.
+        windows: of images that were shuffled together, which is what intervals are over.
         leakage: own worker minus shuffled: what the head reads from the RoIs of its own images.
         inconsistency: own worker minus population: what it loses at inference.
+        staleness: shuffled minus population: the part of it that is no leak.
         limit: on LeakyShapes, the accuracy of "own_worker" against the best possible from one
             object; None elsewhere, and where no RoI sees one object alone.
         left_out: by name, why a head that has BN was not measured.
@@ -41,9 +45,12 @@ class LeakageReport:
     images_per_worker: int
     batch_norms: list[str]
     batch_sizes: dict[str, float]
+    own_shares: dict[str, float]
+    windows: int
     modes: dict[str, Metrics]
     leakage: Metrics
     inconsistency: Metrics
+    staleness: Metrics
     limit: LimitComparison | None
     left_out: dict[str, str]
 
@@ -66,6 +73,12 @@ class LeakageReport:
             f"batches: the RoIs of an image, those of a worker's images (images a worker: "
             f"{self.images_per_worker}), as many of random images; and with population statistics."
         )
+        if changed:
+            about += (
+                f" Of a random batch, {self.own_shares['shuffled']:.0f} % are of the own worker. "
+                f"Intervals are over {self.windows} windows of images that share batches"
+                + (", so there are none." if self.windows == 1 else ".")
+            )
         if not changed:
             about += (
                 " The measured heads have no BN layer whose batch could be changed, so all modes "
@@ -94,9 +107,12 @@ class LeakageReport:
         Args:
             style: of the package ``tabulate``.
         """
-        rows = {**self.modes, "leakage": self.leakage, "inconsistency": self.inconsistency}
-        names = {"leakage": "leakage = own_worker - shuffled"}
-        names["inconsistency"] = "inconsistency = own_worker - population"
+        names = {
+            "leakage": "leakage = own_worker - shuffled",
+            "inconsistency": "inconsistency = own_worker - population",
+            "staleness": "staleness = shuffled - population",
+        }
+        rows = self.modes | {name: getattr(self, name) for name in names}
         metrics = list(self.leakage)
         body = [
             (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -80,20 +82,26 @@ def labelled_images(cfg: CfgNode, dataset_name: str) -> list[dict[str, Any]]:
     return labelled
 
 
+def draw(record: dict[str, Any]) -> tuple[int, str]:
+    """A random number for an image, from its name alone, and its id, for names that are alike."""
+    name = os.path.basename(record["file_name"])
+    digest = hashlib.blake2b(name.encode(), digest_size=6).digest()
+    return int.from_bytes(digest, "big"), str(record.get("image_id"))
+
+
 def sample_rois(
-    cfg: CfgNode, model: Any, records: list[dict[str, Any]], *, masks: bool, seed: int = 0
+    cfg: CfgNode, model: Any, records: list[dict[str, Any]], *, masks: bool
 ) -> Generator[ImageRois]:
     """Sample RoIs image by image, as inference resizes the images and as training samples RoIs.
 
     Backbone and proposals run once an image, in the model's mode (eval, for the caller to set). An
-    image's sample depends on ``seed``, its place in ``records`` and its proposals alone.
+    image's sample depends on its name and its proposals alone.
 
     Args:
         cfg: the config.
         model: a ``GeneralizedRCNN`` with ``StandardROIHeads``.
         records: dataset dicts; images that cannot be read are passed over.
         masks: whether to pool for the mask head as well, and load the masks of the objects.
-        seed: of the sampler.
     """
     numbered = [{**record, "number": number} for number, record in enumerate(records)]
     name = cfg.DATASETS.TEST[0]
@@ -111,9 +119,9 @@ def sample_rois(
     )
     with training_proposals(model.proposal_generator):
         for (item,) in ReadableLoader(loader, name):
-            number = item["number"]
-            torch.manual_seed(seed + number)
-            yield _of_image(model, item, records[number], masks)
+            record = records[item["number"]]
+            torch.manual_seed(draw(record)[0])
+            yield _of_image(model, item, record, masks)
 
 
 @contextmanager

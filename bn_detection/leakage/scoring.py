@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,14 @@ from ..config import ConfigError
 from ..data import LeakyShapesConfig
 from ..estimate import Estimate, Ratio, resample
 from .average_precision import AveragePrecision
-from .batches import MODES, batch_norms, normalization_batches, normalizing, run_in_batches
+from .batches import (
+    MODES,
+    batch_norms,
+    normalization_batches,
+    normalizing,
+    own_shares,
+    run_in_batches,
+)
 from .detections import box_detections, mask_detections
 from .limits import LimitComparison, compare_with_limit, leaky_shapes_config
 from .report import LeakageReport, Metrics
@@ -34,6 +42,7 @@ class _Mode:
         self.boxes: list[dict[str, Any]] = []
         self.masks: list[dict[str, Any]] = []
         self.batch_sizes: list[int] = []
+        self.own_shares: list[float] = []
 
     def put(self, name: str, of_images: Iterable[float]) -> None:
         self.sums.setdefault(name, []).extend(of_images)
@@ -69,6 +78,7 @@ class Scores:
         self._margin = 0
         self._alone: list[int] = []
         self._windows = 0
+        self._window_of: list[int] = []
 
     def look_for_limit(self, dataset: str) -> None:
         """Note which RoIs see one object only, if the dataset's best accuracy is known."""
@@ -103,6 +113,7 @@ class Scores:
             elif self._mask is not None:
                 for name in ("mask_correct", "mask_loss", "pixels"):
                     kept.put(name, [0] * len(window))
+        self._window_of += [self._windows] * len(window)
         self._windows += 1
 
     def _run(
@@ -116,6 +127,7 @@ class Scores:
         batches = normalization_batches(mode, counts, self._per_worker, self._windows)
         if kept is not None:
             kept.batch_sizes += [len(rows) for rows in batches]
+            kept.own_shares += own_shares(batches, counts, self._per_worker)
         is_mask = head is self._mask
 
         def layers(x: Tensor) -> tuple[Tensor, ...]:
@@ -179,16 +191,17 @@ class Scores:
                 f'DATASETS.TEST "{dataset}": {len(self._images)} images could be used; with '
                 f"{self._per_worker} images a worker the probe needs {2 * self._per_worker}."
             )
-        weights = resample(len(self._images), resamples)
+        weights = resample(self._windows, resamples)[:, self._window_of]
         computed = {
             mode: {name: metric(weights) for name, metric in self._metrics(kept).items()}
             for mode, kept in self._of.items()
         }
         values = {mode: computed[source] for mode, source in self._modes.items()}
+        estimate = partial(Estimate.of, units=self._windows)
 
-        def difference(other: str) -> Metrics:
-            own = values["own_worker"]
-            return {name: Estimate.of(own[name] - values[other][name]) for name in own}
+        def difference(one: str, other: str) -> Metrics:
+            first, second = values[one], values[other]
+            return {name: estimate(first[name] - second[name]) for name in first}
 
         rois, foreground = np.array(self._counts).sum(0).tolist()
         return LeakageReport(
@@ -202,12 +215,18 @@ class Scores:
                 mode: float(np.mean(self._of[source].batch_sizes))
                 for mode, source in self._modes.items()
             },
+            own_shares={
+                mode: 100 * float(np.mean(self._of[source].own_shares))
+                for mode, source in self._modes.items()
+            },
+            windows=self._windows,
             modes={
-                mode: {name: Estimate.of(of) for name, of in metrics.items()}
+                mode: {name: estimate(of) for name, of in metrics.items()}
                 for mode, metrics in values.items()
             },
-            leakage=difference("shuffled"),
-            inconsistency=difference("population"),
+            leakage=difference("own_worker", "shuffled"),
+            inconsistency=difference("own_worker", "population"),
+            staleness=difference("shuffled", "population"),
             limit=self._limit(weights),
             left_out=left_out,
         )
@@ -219,7 +238,7 @@ class Scores:
         own = self._of[self._modes["own_worker"]]
         correct = np.array(own.sums["alone_correct"])
         accuracy = Ratio(100 * correct, np.array(self._alone))(weights)
-        return compare_with_limit(self._dials, accuracy, rois)
+        return compare_with_limit(self._dials, accuracy, rois, self._windows)
 
     def _metrics(self, kept: _Mode) -> dict[str, Metric]:
         rois, foreground = np.array(self._counts).T

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from ...estimate import Estimate
@@ -61,10 +60,7 @@ def far_from_data(examined: Examined, rule: Rule) -> Found:
 
 
 def _cost(examined: Examined, far: Sequence[LayerReport]) -> Estimate | None:
-    """Shuffled minus population; the interval is that of independent ones, so it is too wide."""
-    own, shuffled = (examined.probed(kind, "box_ap") for kind in ("inconsistency", "leakage"))
-    if own is None or shuffled is None or not any(x.name.startswith(_BOX) for x in far):
+    cost = examined.probed("staleness", "box_ap")
+    if cost is None or not any(x.name.startswith(_BOX) for x in far):
         return None
-    value, half = own.value - shuffled.value, math.hypot(own.half_width, shuffled.half_width)
-    cost = Estimate(value, value - half, value + half)
     return cost if cost.exceeds(0) else None

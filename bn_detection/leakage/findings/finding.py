@@ -126,11 +126,16 @@ class Examined:
         return self.cfg.BN.INFERENCE != "batch" or not matches(layer.name, self.cfg.BN.MODULES)
 
     def probed(self, kind: str, metric: str) -> Estimate | None:
-        """``leakage`` or ``inconsistency`` in a metric, where it was measured and matters."""
+        """A difference of modes in a metric, where it was measured and matters.
+
+        Args:
+            kind: ``leakage``, ``inconsistency`` or ``staleness``.
+            metric: of :data:`bn_detection.metrics.PROBE`.
+        """
         record = (self.probe or {}).get(kind, {}).get(metric)
         if record is None or any(record[key] is None for key in ("value", "low", "high")):
             return None
-        if kind == "inconsistency" and not all(
+        if kind != "leakage" and not all(
             self.uses_population(layer) for layer in self.trained if layer.rows == "RoIs"
         ):
             return None
