@@ -137,7 +137,7 @@ def test_no_dials_of_an_annotation_file_that_cannot_be_opened(file: str) -> None
 
 
 def test_comparison_is_in_points() -> None:
-    compared = compare_with_limit(NO_TEXTURE, np.array([60.0, *np.linspace(50, 70, 201)]), 9, 10**6)
+    compared = compare_with_limit(NO_TEXTURE, np.array([60.0, *np.linspace(50, 70, 201)]), 9, 10**9)
     assert (compared.cue, compared.method) == ("leaky cue", "closed form")
     assert compared.limit == pytest.approx(41.17, abs=0.01)
     assert compared.above.value == pytest.approx(60 - compared.limit)
