@@ -14,13 +14,14 @@ from detectron2 import model_zoo
 from detectron2.engine import default_argument_parser
 from tooling import ROOT, run_tool
 
-from bn_detection import ConfigError, __version__, cli
+from bn_detection import ConfigError, __version__, cli, install_detectron2
 from bn_detection.command_line import argument_parser, command_line
 from bn_detection.engine import load_config
 from bn_detection.engine.setup import find_config
 from bn_detection.shipped import SHIPPED, find_shipped
 
 TOOLS = {
+    "install_detectron2": "install-detectron2",
     **{name: name for name in ("diagnose", "probe", "recalibrate", "study", "demo")},
     **{"train_net": "train", "plot_trace": "plot-trace", "make_leaky_shapes": "make-leaky-shapes"},
 }
@@ -95,8 +96,8 @@ def test_a_tool_is_its_command(tool: str, capsys: pytest.CaptureFixture[str]) ->
 
 def test_every_tool_is_a_command() -> None:
     tools = {path.stem for path in (ROOT / "tools").glob("*.py")}
-    assert tools == {*TOOLS, "install_detectron2"}
-    assert {*TOOLS.values(), "install-detectron2"} == {*cli.COMMANDS}
+    assert tools == {*TOOLS}
+    assert {*TOOLS.values()} == {*cli.COMMANDS}
 
 
 def test_flags_of_training_are_those_of_detectron2() -> None:
@@ -220,17 +221,21 @@ except ImportError as error:
     assert "bn-detection install-detectron2" in of_package
 
 
-def test_install_detectron2_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[list[str]] = []
-
-    def main(argv: list[str]) -> int:
-        given.append(argv)
-        return 1
-
-    monkeypatch.setattr("bn_detection.install_detectron2.main", main)
-    assert cli.main(["install-detectron2"]) == 1
+def test_install_detectron2_hands_its_flags_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: list[tuple[Path | None, Path | None]] = []
+    monkeypatch.setattr(install_detectron2, "install", lambda *paths: given.append(paths))
+    assert cli.main(["install-detectron2"]) == 0
     cli.main(["install-detectron2", "--wheel-dir", "a b", "--archive", "c.tar.gz"])
-    assert given == [[], ["--wheel-dir", "a b", "--archive", "c.tar.gz"]]
+    assert given == [(None, None), (Path("c.tar.gz"), Path("a b"))]
+
+    def fail(*paths: Path | None) -> None:
+        raise install_detectron2.InstallError("no torch")
+
+    monkeypatch.setattr(install_detectron2, "install", fail)
+    assert cli.main(["install-detectron2"]) == 1
+    assert capsys.readouterr().err == "error: no torch\n"
 
 
 # ---------------------------------------------------------------------------------------------

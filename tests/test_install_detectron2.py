@@ -22,8 +22,9 @@ import detectron2
 import pytest
 import torch
 
-from bn_detection.install_detectron2 import install as installer
-from bn_detection.install_detectron2 import main, patch, wheel
+from bn_detection import cli
+from bn_detection.install_detectron2 import environment as installer
+from bn_detection.install_detectron2 import patch, wheel
 
 
 def is_there(module: str) -> bool:
@@ -216,10 +217,11 @@ def test_pip_accepts_the_wheel(tmp_path, small_archive):
     assert "detectron2/__init__.py: The first reason." in distribution.metadata.get_payload()
 
 
-def test_tool_needs_the_standard_library_alone():
-    tool = Path(__file__).parents[1] / "tools" / "install_detectron2.py"
-    command = [sys.executable, "-I", "-S", str(tool), "--help"]  # -S: no site-packages
-    out = subprocess.run(command, capture_output=True, text=True, timeout=60)
+def test_it_needs_the_standard_library_alone():
+    code = "from bn_detection.cli import main; main(['install-detectron2', '--help'])"
+    command = [sys.executable, "-S", "-c", code]  # -S: no site-packages
+    root = Path(__file__).parents[1]
+    out = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
     assert (out.returncode, out.stderr) == (0, "") and "--wheel-dir" in out.stdout
 
 
@@ -232,7 +234,7 @@ def no_building(monkeypatch):
 
 def test_installed_detectron2_is_kept(monkeypatch, capsys):
     no_building(monkeypatch)
-    assert main([]) == 0
+    assert cli.main(["install-detectron2"]) == 0
     location = Path(detectron2.__file__).resolve()
     assert f"Keeping detectron2 {detectron2.__version__}, {location}" in capsys.readouterr().out
 
@@ -246,19 +248,25 @@ def test_installed_detectron2_that_does_not_import_is_not_replaced(monkeypatch, 
     }
     monkeypatch.setattr(installer, "probe_detectron2", lambda: broken)
     monkeypatch.setattr(installer, "missing_requirements", list)
-    assert main([]) == 1
+    assert cli.main(["install-detectron2"]) == 1
     message = capsys.readouterr().err
     assert "/path/to/detectron2/__init__.py does not import: ImportError: x" in message
     assert "never replaced" in message and "pip uninstall detectron2" in message
 
     monkeypatch.setattr(installer, "missing_requirements", lambda: ["yacs>=0.1.8"])
-    assert main([]) == 1
+    assert cli.main(["install-detectron2"]) == 1
     assert "-m pip install 'yacs>=0.1.8'" in capsys.readouterr().err
 
 
 def test_wheel_alone_where_detectron2_is_installed(tmp_path, small_archive, capsys):
-    arguments = ["--archive", str(small_archive), "--wheel-dir", str(tmp_path / "wheels")]
-    assert main(arguments) == 0
+    arguments = [
+        "install-detectron2",
+        "--archive",
+        str(small_archive),
+        "--wheel-dir",
+        str(tmp_path / "wheels"),
+    ]
+    assert cli.main(arguments) == 0
     assert "Keeping detectron2" in capsys.readouterr().out
     assert [p.suffix for p in (tmp_path / "wheels").iterdir()] == [".whl"]
 

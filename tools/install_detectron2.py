@@ -1,12 +1,9 @@
-#!/usr/bin/env python3
-"""Install Detectron2 v0.6 without a compiler, as a pure-Python wheel; see ``--help``."""
+#!/usr/bin/env python
+"""Install Detectron2 v0.6 without a compiler: ``bn-detection install-detectron2``."""
 
 import sys
-from pathlib import Path
 
-# The package itself does not import before Detectron2 is there.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bn_detection"))
-from install_detectron2 import main
+from bn_detection.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["install-detectron2", *sys.argv[1:]]))

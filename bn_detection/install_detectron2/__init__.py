@@ -9,6 +9,7 @@ is already installed, of whatever version, is kept as it is.
 It needs pip, setuptools, torch and torchvision in the environment, and nothing else.
 """
 
-from .install import main
+from .environment import install
+from .patch import InstallError
 
-__all__ = ["main"]
+__all__ = ["InstallError", "install"]
