@@ -23,6 +23,7 @@ from bn_detection.shipped import SHIPPED, find_shipped
 TOOLS = {
     **{name: name for name in ("diagnose", "probe", "recalibrate", "study", "demo")},
     **{"train_net": "train", "plot_trace": "plot-trace", "make_leaky_shapes": "make-leaky-shapes"},
+    "install_detectron2": "install-detectron2",
 }
 START_SECONDS = 0.3
 every_command = pytest.mark.parametrize("command", cli.COMMANDS)
@@ -95,8 +96,8 @@ def test_a_tool_is_its_command(tool: str, capsys: pytest.CaptureFixture[str]) ->
 
 def test_every_tool_is_a_command() -> None:
     tools = {path.stem for path in (ROOT / "tools").glob("*.py")}
-    assert tools == {*TOOLS, "install_detectron2"}
-    assert {*TOOLS.values(), "install-detectron2"} == {*cli.COMMANDS}
+    assert tools == {*TOOLS}
+    assert {*TOOLS.values()} == {*cli.COMMANDS}
 
 
 def test_flags_of_training_are_those_of_detectron2() -> None:
@@ -218,19 +219,6 @@ except ImportError as error:
     hint = "error: Detectron2 is not installed: run bn-detection install-detectron2"
     assert ended.stderr.splitlines() == [hint] * 7
     assert "bn-detection install-detectron2" in of_package
-
-
-def test_install_detectron2_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[list[str]] = []
-
-    def main(argv: list[str]) -> int:
-        given.append(argv)
-        return 1
-
-    monkeypatch.setattr("bn_detection.install_detectron2.main", main)
-    assert cli.main(["install-detectron2"]) == 1
-    cli.main(["install-detectron2", "--wheel-dir", "a b", "--archive", "c.tar.gz"])
-    assert given == [[], ["--wheel-dir", "a b", "--archive", "c.tar.gz"]]
 
 
 # ---------------------------------------------------------------------------------------------

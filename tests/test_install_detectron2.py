@@ -22,8 +22,9 @@ import detectron2
 import pytest
 import torch
 
+from bn_detection import cli
 from bn_detection.install_detectron2 import install as installer
-from bn_detection.install_detectron2 import main, patch, wheel
+from bn_detection.install_detectron2 import patch, wheel
 
 
 def is_there(module: str) -> bool:
@@ -221,6 +222,10 @@ def test_tool_needs_the_standard_library_alone():
     command = [sys.executable, "-I", "-S", str(tool), "--help"]  # -S: no site-packages
     out = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (out.returncode, out.stderr) == (0, "") and "--wheel-dir" in out.stdout
+
+
+def main(arguments):
+    return cli.main(["install-detectron2", *arguments])
 
 
 def no_building(monkeypatch):

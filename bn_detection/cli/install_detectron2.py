@@ -6,6 +6,8 @@ A Detectron2 that is already installed, of whatever version, is kept as it is.
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
 EXAMPLE = "bn-detection install-detectron2"
 
@@ -14,19 +16,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     parser.add_argument(
         "--wheel-dir",
+        type=Path,
         metavar="DIR",
         help="keep the wheel in DIR; it is built even if a detectron2 is installed",
     )
     parser.add_argument(
         "--archive",
+        type=Path,
         metavar="FILE",
-        help="use this pb1-detectron2-0.6.tar.gz instead of fetching it",
+        help="use this source archive, pb1-detectron2-0.6.tar.gz, instead of fetching it",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Install it, or keep what is there."""
-    from ..install_detectron2 import main
+    from ..install_detectron2.install import InstallError, install
 
-    flags = (("--wheel-dir", args.wheel_dir), ("--archive", args.archive))
-    return main([part for flag, value in flags if value for part in (flag, value)])
+    try:
+        install(args.archive, args.wheel_dir)
+    except InstallError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

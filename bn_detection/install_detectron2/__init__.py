@@ -8,7 +8,3 @@ is already installed, of whatever version, is kept as it is.
 
 It needs pip, setuptools, torch and torchvision in the environment, and nothing else.
 """
-
-from .install import main
-
-__all__ = ["main"]

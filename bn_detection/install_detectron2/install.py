@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,32 +37,6 @@ if found["present"]:
         found["error"] = f"{type(e).__name__}: {e}"
 print(json.dumps(found))
 """
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        description="Install Detectron2 v0.6 without a compiler, as a pure-Python wheel."
-    )
-    parser.add_argument(
-        "--wheel-dir",
-        type=Path,
-        metavar="DIR",
-        help="keep the wheel in DIR; it is built even if a detectron2 is installed",
-    )
-    parser.add_argument(
-        "--archive",
-        type=Path,
-        metavar="FILE",
-        help=f"use this {SOURCE_NAME}-{SOURCE_VERSION}.tar.gz instead of fetching it",
-    )
-    args = parser.parse_args(argv)
-    try:
-        install(args.archive, args.wheel_dir)
-    except InstallError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    return 0
 
 
 def install(archive: Path | None = None, wheel_dir: Path | None = None) -> None:
