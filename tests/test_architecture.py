@@ -13,6 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "bn_detection"
 BELOW = {
     "": set(),  # the modules beside the rooms
+    "install_detectron2": set(),
     "page": {""},
     "norm": set(),
     "heads": {"", "norm"},
