@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw the figures of docs/idea.md, each for a light and for a dark page.
+"""Draw the figures of docs/idea.md and CONTRIBUTING.md, each for a light and for a dark page.
 
 python docs/figures.py [FOLDER]    # default: docs/images
 """
@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch
+from rooms import draw_rooms
 
 from bn_detection.data import LeakyShapesConfig
 from bn_detection.norm import shuffled_groups
@@ -167,6 +168,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "idea_partitions": draw_partitions,
     "idea_leak": draw_leak,
     "idea_exchange": draw_exchange,
+    "rooms": draw_rooms,
 }
 
 

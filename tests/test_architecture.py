@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "bn_detection"
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
+
+import rooms
+from rooms import PACKAGE, imported, room, rooms_imported
+
 BELOW = {
     "": set(),  # the modules beside the rooms
     "install_detectron2": set(),
@@ -27,38 +29,6 @@ BELOW["cli"] = {*BELOW, "study"}
 """What each room may import from."""
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
-
-
-def room(path: Path) -> str:
-    parts = path.relative_to(PACKAGE).parts
-    return parts[0] if len(parts) > 1 else ""
-
-
-def imported(path: Path) -> Iterator[str]:
-    """The full names of the modules that a file imports, also within functions."""
-    here = ["bn_detection", *path.relative_to(PACKAGE).parts]
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            base = ".".join([*here[: -node.level], *(node.module or "").split(".")]).rstrip(".")
-            if node.module:
-                yield base
-            else:  # names of modules
-                yield from (f"{base}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module or ""
-
-
-def rooms_imported(path: Path) -> set[str]:
-    """The rooms that a file imports from, without its own."""
-    found = set()
-    for name in imported(path):
-        package, _, rest = name.partition(".")
-        if package == "bn_detection":
-            first = rest.partition(".")[0]
-            found.add(first if (PACKAGE / first).is_dir() and first else "")
-    return found - {room(path)}
 
 
 def test_every_room_has_its_place() -> None:
@@ -94,7 +64,7 @@ def test_the_check_sees_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "from ..study import report\nfrom ..config import x\nfrom .. import study\n"
         "def f():\n    import bn_detection.study.report\n    from . import layer\n"
     )
-    monkeypatch.setitem(globals(), "PACKAGE", tmp_path)
+    monkeypatch.setattr(rooms, "PACKAGE", tmp_path)
     assert rooms_imported(file) == {"study", ""}
 
 

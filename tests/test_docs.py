@@ -138,5 +138,8 @@ def test_figures_are_those_that_the_script_draws(tmp_path: Path) -> None:
         [sys.executable, ROOT / "docs" / "figures.py", tmp_path], check=True, timeout=100
     )
     drawn = {path.name for path in tmp_path.iterdir()}
-    shown = set(re.findall(r"images/(idea_\w+\.svg)", (ROOT / "docs" / "idea.md").read_text()))
-    assert drawn == shown == {path.name for path in (ROOT / "docs/images").glob("idea_*.svg")}
+    pages = (ROOT / "docs" / "idea.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
+    shown = set(re.findall(r"images/(\w+\.svg)", pages))
+    assert drawn == shown == {path.name for path in (ROOT / "docs/images").glob("*.svg")}
+    rooms = (tmp_path / "rooms_light.svg").read_text()
+    assert rooms == (ROOT / "docs/images/rooms_light.svg").read_text(), "python docs/figures.py"
