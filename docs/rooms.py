@@ -70,15 +70,15 @@ def draw_rooms() -> Figure:
         name: sorted(others - frozenset().union(*map(reach, others)))
         for name, others in graph.items()
     }
-    # From the left, what is imported from the highest.
-    highest = {
+    # From the middle outwards, what is imported from higher and higher.
+    importer = {
         name: max((level(n) for n in graph if name in arrows[n]), default=0) for name in graph
     }
     rows: dict[int, list[str]] = {}
-    for name in sorted(graph, key=lambda name: -highest[name]):
+    for name in sorted(graph, key=lambda name: importer[name]):
         rows.setdefault(level(name), []).append(name)
     place = {
-        name: (3.2 * (k - (len(row) - 1) / 2), 1.3 * height)
+        name: (2.6 * (-1) ** k * ((k + 1) // 2), 1.3 * height)
         for height, row in rows.items()
         for k, name in enumerate(row)
     }
