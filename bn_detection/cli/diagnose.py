@@ -23,7 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config-file",
         required=True,
-        dest="config",
         metavar="FILE.yaml",
         help="of the training; also the name of one of bn_detection's or Detectron2's model zoo",
     )
