@@ -13,7 +13,8 @@ from ..command_line import add_common_flags, add_overrides
 FORMATS = ("text", "json", "markdown", "junit")
 FAIL_ON = ("finding", "note", "never")
 EXAMPLE = (
-    "bn-detection diagnose --config-file output/demo/BN/config.yaml --num-gpus 2 --quick \\\n"
+    "bn-detection demo\n"
+    "  bn-detection diagnose --config-file output/demo/BN/config.yaml --num-gpus 2 --quick \\\n"
     "    MODEL.WEIGHTS output/demo/BN/model_final.pth"
 )
 
