@@ -17,6 +17,7 @@ from importlib import import_module
 from .. import __version__
 from ..command_line import STATUS
 from ..config import ConfigError
+from ..shipped import find_config
 
 COMMANDS = (
     *("train", "diagnose", "probe", "recalibrate", "study", "demo"),
@@ -42,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parse(argv)
     try:
+        # At once; but torchrun's workers have to agree on who says it.
+        if getattr(args, "config_file", "") and "TORCHELASTIC_RUN_ID" not in os.environ:
+            find_config(args.config_file)
         return args.run(args) or 0
     except ConfigError as error:
         if getattr(args, "traceback", False):

@@ -13,7 +13,8 @@ from ..command_line import add_common_flags, add_overrides
 FORMATS = ("text", "json", "markdown", "junit")
 FAIL_ON = ("finding", "note", "never")
 EXAMPLE = (
-    "bn-detection diagnose --config-file output/demo/BN/config.yaml --num-gpus 2 --quick \\\n"
+    "bn-detection demo\n"
+    "  bn-detection diagnose --config-file output/demo/BN/config.yaml --num-gpus 2 --quick \\\n"
     "    MODEL.WEIGHTS output/demo/BN/model_final.pth"
 )
 
@@ -23,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config-file",
         required=True,
-        dest="config",
         metavar="FILE.yaml",
         help="of the training; also the name of one of bn_detection's or Detectron2's model zoo",
     )

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-EXAMPLE = "bn-detection plot-trace output/studies/leakage/BN/seed_1"
+EXAMPLE = """\
+bn-detection train --config-file quickstart/mask_rcnn_bn.yaml OUTPUT_DIR output/trace \\
+    BN.TRACE.PERIOD 10
+  bn-detection plot-trace output/trace"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

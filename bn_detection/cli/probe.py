@@ -7,7 +7,8 @@ import argparse
 from ..command_line import add_common_flags, add_overrides
 
 EXAMPLE = (
-    "bn-detection probe --config-file output/demo/BN/config.yaml --output output/probe.json \\\n"
+    "bn-detection demo\n"
+    "  bn-detection probe --config-file output/demo/BN/config.yaml --output output/probe.json \\\n"
     "    MODEL.WEIGHTS output/demo/BN/model_final.pth BN.LEAKAGE.IMAGES_PER_WORKER 1"
 )
 

@@ -10,7 +10,8 @@ import argparse
 from ..command_line import add_training_flags
 
 EXAMPLE = (
-    "bn-detection recalibrate --config-file output/demo/BN/config.yaml --num-gpus 2 \\\n"
+    "bn-detection demo\n"
+    "  bn-detection recalibrate --config-file output/demo/BN/config.yaml --num-gpus 2 \\\n"
     "    --output output/recalibrated.pth MODEL.WEIGHTS output/demo/BN/model_final.pth"
 )
 

@@ -33,11 +33,12 @@ from ..leakage.diagnosis import Diagnosis
 from ..leakage.diagnosis_formats import render_diagnosis
 from ..leakage.findings import Examined, Rule, conclude, configured_rules
 from ..leakage.layers import LayerReport, inspect_layers, spans_workers
+from ..shipped import find_config
 from .checkpoint import StrictCheckpointer
 from .checks import check_config
 from .config_files import read_config_file
 from .rehearsal import rehearse
-from .setup import begin, find_config, installed_versions, load_config, register_datasets
+from .setup import begin, installed_versions, load_config, register_datasets
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def _diagnose(args: argparse.Namespace) -> tuple[Diagnosis, dict[str, Rule]]:
     """Measure, conclude, and write both files."""
     start = time.monotonic()
     cfg = begin(_load_config(args), args, args.folder)
-    of_this_project = _uses_project(args.config_file)
+    of_this_project = _uses_project(find_config(args.config_file))
     workers = cfg.BN.VIRTUAL_WORKERS or args.workers
     per_worker = images_per_worker(cfg, args.workers)
     left_out: list[str] = []
@@ -149,7 +150,7 @@ def _diagnose(args: argparse.Namespace) -> tuple[Diagnosis, dict[str, Rule]]:
     )
     findings, notes = conclude(examined)
     settings: dict[str, Any] = {
-        "config": args.config,
+        "config": args.config_file,
         "weights": cfg.MODEL.WEIGHTS,
         "workers": workers,
         "images_per_worker": per_worker,
@@ -173,8 +174,7 @@ def _diagnose(args: argparse.Namespace) -> tuple[Diagnosis, dict[str, Rule]]:
 
 
 def _load_config(args: argparse.Namespace) -> CfgNode:
-    """The config; args.config_file becomes its path, and args.folder that of the output."""
-    args.config_file = find_config(args.config)
+    """The config; args.folder becomes that of the output."""
     cfg = load_config(args, unknown_keys=True)
     stem = Path(cfg.MODEL.WEIGHTS or "random_weights").stem
     args.folder = args.output_dir or os.path.join(cfg.OUTPUT_DIR, f"diagnosis_{stem}")

@@ -32,7 +32,7 @@ from ..data import (
     register_datasets,
 )
 from ..files import FolderLock, make_folder, replacing
-from ..shipped import SHIPPED, find_shipped
+from ..shipped import find_config
 from .checkpoint import last_checkpoint
 from .checks import check_config
 from .config_files import merge_config_file, merge_overrides
@@ -46,7 +46,7 @@ def load_config(args: argparse.Namespace, *, unknown_keys: bool = False) -> CfgN
     """The config of ``--config-file`` and the ``KEY VALUE`` overrides.
 
     Args:
-        args: of :func:`bn_detection.engine.argument_parser`; ``config_file`` becomes a path.
+        args: of :func:`bn_detection.engine.argument_parser`.
         unknown_keys: whether the file may have keys that Detectron2 and this project do not know,
             those of somebody's own project.
 
@@ -58,40 +58,11 @@ def load_config(args: argparse.Namespace, *, unknown_keys: bool = False) -> CfgN
     cfg = get_cfg()
     add_bn_detection_config(cfg)
     if args.config_file:
-        args.config_file = find_config(args.config_file)
         cfg.set_new_allowed(unknown_keys)
-        merge_config_file(cfg, args.config_file)
+        merge_config_file(cfg, find_config(args.config_file))
         cfg.set_new_allowed(False)
     merge_overrides(cfg, args.opts)
     return cfg
-
-
-def find_config(name: str, flag: str = "--config-file") -> str:
-    """The path of a config file, of this project's configs, or of one in Detectron2's model zoo.
-
-    Args:
-        name: a path, or the name that a file has in ``configs/`` or in the model zoo.
-        flag: what asks for it, for the error.
-
-    Raises:
-        ConfigError: it is nowhere; says where it was looked for.
-    """
-    if os.path.isfile(name):
-        return name
-    if found := find_shipped(name):
-        return str(found)
-    try:
-        from detectron2 import model_zoo  # upstream main's needs pkg_resources
-
-        path = model_zoo.get_config_file(name)
-        if os.path.isfile(path):
-            return path
-        zoo = "none in Detectron2's model zoo"
-    except RuntimeError:
-        zoo = "none in Detectron2's model zoo"
-    except ImportError as error:
-        zoo = f"and Detectron2's model zoo cannot be imported: {one_line(error)}"
-    raise ConfigError(f"{flag} {name}: there is no such file, none in {SHIPPED}, {zoo}.")
 
 
 def _import(modules: Iterable[str]) -> None:
@@ -200,7 +171,8 @@ def begin(cfg: CfgNode, args: argparse.Namespace, folder: str) -> CfgNode:
     shown.OUTPUT_DIR = folder
     shown.freeze()
     setup_logger(shown.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="bn_detection")
-    default_setup(shown, args)
+    file = find_config(args.config_file) if args.config_file else ""
+    default_setup(shown, argparse.Namespace(**{**vars(args), "config_file": file}))
     logger = logging.getLogger(__name__)
     if device != cfg.MODEL.DEVICE:
         logger.warning("MODEL.DEVICE %s: there is no GPU here, so this runs on the CPU.", device)
