@@ -300,7 +300,7 @@ def run(cases: list[Case], **machines: Any) -> list[dict[str, Any]]:
 
     Args:
         cases: in any order.
-        machines: of :func:`bn_detection.engine.launch`, for workers on several machines.
+        machines: of :func:`bn_detection.workers.launch`, for workers on several machines.
     """
     results = []
     for workers in sorted({case.workers for case in cases}):

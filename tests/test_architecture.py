@@ -17,13 +17,14 @@ BELOW = {
     "": set(),  # the modules beside the rooms
     "install_detectron2": set(),
     "page": {""},
+    "workers": {""},
     "norm": set(),
     "heads": {"", "norm"},
     "population": {"", "norm", "heads"},
     "data": {""},
     "leakage": {"", "page", "norm", "heads", "population", "data"},
-    "engine": {"", "page", "norm", "heads", "population", "data", "leakage"},
-    "study": {"", "page", "norm", "heads", "population", "data", "leakage", "engine"},
+    "engine": {"", "page", "workers", "norm", "heads", "population", "data", "leakage"},
+    "study": {"", "page", "workers", "norm", "heads", "population", "data", "leakage", "engine"},
 }
 BELOW["cli"] = {*BELOW, "study"}
 """What each room may import from."""

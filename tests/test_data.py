@@ -127,7 +127,7 @@ def test_a_string_instead_of_a_list_is_refused():
         ({"images": [], "annotations": []}, 'no list "categories"'),
         ({"images": [{"id": 1}], "categories": []}, 'no list "annotations"'),
         ({"images": [], "annotations": [], "categories": [{"id": 1, "name": "x"}]}, "is empty"),
-        (b"\xff\xfe\x00", "not JSON"),
+        (b"\xff\xfe\x00", "no text in UTF-8"),
     ],
 )
 def test_a_file_that_is_not_coco_says_what_is_wrong_when_loaded(shapes, content, reason):

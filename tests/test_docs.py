@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from detectron2.config import CfgNode, get_cfg
-from tooling import run_tool
+from tooling import run_script, run_tool
 
 from bn_detection import add_bn_detection_config, cli
 
@@ -134,9 +132,8 @@ def test_python_compiles(page: Path) -> None:
 
 @pytest.mark.timeout(120)
 def test_figures_are_those_that_the_script_draws(tmp_path: Path) -> None:
-    subprocess.run(
-        [sys.executable, ROOT / "docs" / "figures.py", tmp_path], check=True, timeout=100
-    )
+    done = run_script(ROOT / "docs" / "figures.py", tmp_path)
+    assert done.returncode == 0, done.stderr
     drawn = {path.name for path in tmp_path.iterdir()}
     pages = (ROOT / "docs" / "idea.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
     shown = set(re.findall(r"images/(\w+\.svg)", pages))

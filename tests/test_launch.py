@@ -15,10 +15,10 @@ from detectron2.utils import comm
 from distributed import run_workers
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from bn_detection.command_line import argument_parser
 from bn_detection.config import ConfigError
-from bn_detection.engine import argument_parser
-from bn_detection.engine.agent import _describe_exit, _when
-from bn_detection.engine.launch import WorkerError, launch, restarted, run
+from bn_detection.workers import WorkerError, launch, restarted, run
+from bn_detection.workers.agent import _describe_exit, _when
 
 REPO = Path(__file__).resolve().parents[1]
 

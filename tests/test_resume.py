@@ -19,7 +19,7 @@ from training import RETINANET, build_trainer, different, make_images, train
 
 from bn_detection import engine
 from bn_detection.data.stream import TrainLoader, continued_by
-from bn_detection.engine.launch import restarted
+from bn_detection.workers import restarted
 
 COMMON = (
     *("SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 3, "TEST.EVAL_PERIOD", 2),

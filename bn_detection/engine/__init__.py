@@ -1,11 +1,11 @@
 """From a command line to a trained and evaluated model."""
 
 from ..command_line import argument_parser
+from ..workers import Stopped, WorkerError, launch, run
 from .checkpoint import AtomicCheckpointer
 from .checks import check_config
 from .diagnosis import diagnose, preflight_diagnosis
 from .evaluation import COCOEvaluator, build_evaluator
-from .launch import Stopped, WorkerError, launch, run
 from .probing import preflight_probe, probe
 from .recalibration import preflight_recalibration, recalibrate
 from .setup import load_config, preflight, setup

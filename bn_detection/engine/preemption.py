@@ -20,7 +20,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from ..population import average_running_statistics
-from .launch import STOP_SIGNALS, Stopped
+from ..workers import STOP_SIGNALS, Stopped
 
 logger = logging.getLogger(__name__)
 

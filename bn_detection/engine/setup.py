@@ -33,10 +33,10 @@ from ..data import (
 )
 from ..files import FolderLock, make_folder, replacing
 from ..shipped import find_config
+from ..workers import restarted
 from .checkpoint import last_checkpoint
 from .checks import check_config
 from .config_files import merge_config_file, merge_overrides
-from .launch import restarted
 from .rehearsal import rehearse
 
 _VERSIONED = ("bn_detection", "detectron2", "torch", "torchvision", "fvcore", "numpy")

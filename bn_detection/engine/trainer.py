@@ -34,12 +34,12 @@ from ..data import (
 from ..generators import derive_seed, seed_generators
 from ..heads import configure_model
 from ..population.untouched import untouched
+from ..workers import restarted
 from .amp import AMPTrainer
 from .checkpoint import AtomicCheckpointer
 from .divergence import naming_divergence
 from .evaluation import build_evaluator
 from .hooks import add_statistics_hooks, model_itself
-from .launch import restarted
 from .preemption import StopOnSignal, noting_signals
 from .resume import GatherResumeState, ResumeState
 from .setup import evaluation_folder

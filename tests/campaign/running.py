@@ -89,7 +89,7 @@ def beginning(*whole: str) -> Iterator[None]:
         for name, part in parts.items():
             if name not in whole:
                 stack.enter_context(mock.patch.object(engine, name, part))
-        stack.enter_context(mock.patch("bn_detection.engine.agent.run_workers", nothing))
+        stack.enter_context(mock.patch("bn_detection.workers.agent.run_workers", nothing))
         yield
 
 
