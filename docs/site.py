@@ -27,6 +27,7 @@ def on_files(files: Files, config: Any) -> Files:
     """Add pages for files outside docs/."""
     for source, page in PAGES.items():
         text = _site_links((ROOT / source).read_text(), ".", ".")
+        text = text.replace('src="docs/', 'src="').replace('srcset="docs/', 'srcset="')
         files.append(File.generated(config, page, content=text))
     for source, page in EXAMPLES.items():
         text = f"# {source}\n\n```python\n{(ROOT / source).read_text()}```\n"
