@@ -1,6 +1,7 @@
 # make demo   install, train, evaluate and report on the embedded dataset
 # make study  install and run the leakage study on it, with three seeds
 # make test   install and run the tests (DETECTRON2_SRC=<checkout> for those of a Detectron2 checkout)
+# make test-fast  those that start no processes and train nothing
 # make coverage  the tests, and which lines they run
 # make docs   the documentation as a site, output/site; a broken link or reference fails
 # make dist   install and build the sdist and the wheel, into dist/
@@ -18,7 +19,7 @@ ifdef DETECTRON2_SRC
 export PYTHONPATH := $(abspath $(DETECTRON2_SRC))$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
 
-.PHONY: install demo study dist test coverage campaign lint docs clean
+.PHONY: install demo study dist test test-fast coverage campaign lint docs clean
 
 install: $(STAMP)
 
@@ -48,6 +49,10 @@ dist: install
 # A file of tests is run by one process, so that what its tests share is made once.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
+
+# Those without a time limit of their own, which only processes and trainings have.
+test-fast: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile -m "not timeout"
 
 # Not a part of test: before Python 3.14 it costs a fifth of the time.
 coverage: install
