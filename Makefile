@@ -13,6 +13,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.bn_detection
 DEMO_DIR ?= output/demo
 TEST_JOBS ?= 2
+# A file of tests is run by one process, so that what its tests share is made once.
+XDIST = -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
 # A checkout of Detectron2 to use in place of the installed one.
 ifdef DETECTRON2_SRC
@@ -46,17 +48,16 @@ study: install
 dist: install
 	$(BIN)/python -m build --no-isolation
 
-# A file of tests is run by one process, so that what its tests share is made once.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(XDIST)
 
 # Those without a time limit of their own, which only processes and trainings have.
 test-fast: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile -m "not timeout"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(XDIST) -m "not timeout"
 
 # Not a part of test: before Python 3.14 it costs a fifth of the time.
 coverage: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --cov
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(XDIST) --cov
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtri, stdtrit
 
 _PERCENTILES = (2.5, 97.5)
 
@@ -47,6 +46,8 @@ class Estimate:
             values: float ``(1 + B,)``; NaN of resamples without a value are passed over.
             units: that were resampled; from one there is no interval.
         """
+        from scipy.special import ndtri, stdtrit  # takes as long to import as this package
+
         value, resampled = float(values[0]), values[1:]
         resampled = resampled[np.isfinite(resampled)]
         if not math.isfinite(value) or not len(resampled) or units < 2:

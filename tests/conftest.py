@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files whose tests start processes or train come first: at the end one would run alone."""
+    long: dict[Path, list[bool]] = {}
+    for item in items:
+        long.setdefault(item.path, []).append(item.get_closest_marker("timeout") is not None)
+    items.sort(key=lambda item: -sum(long[item.path]) / len(long[item.path]))
 
 
 @pytest.fixture
@@ -32,7 +41,9 @@ def own_loggers() -> Iterator[None]:
     """What a test sets up of the loggers, of the tools or Detectron2, is forgotten after it."""
     loggers = [logging.getLogger(name) for name in ("bn_detection", "detectron2", "fvcore")]
     before = [(logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
+    disabled = logging.root.manager.disable
     yield
+    logging.disable(disabled)
     for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
         logger.setLevel(level)
         logger.propagate, logger.handlers = propagate, handlers

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tooling import run_script
 from torch import nn
 
 from bn_detection.norm import PartitionedBatchNorm2d
@@ -35,13 +35,7 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All parts, as the command leaves them."""
     path = tmp_path_factory.mktemp("results") / "gpu.json"
     before = sorted(gpu.RESULTS.rglob("*"))
-    process = subprocess.run(
-        [sys.executable, BENCHMARKS / "gpu.py", *QUICK, "--output", path],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=270,
-    )
+    process = run_script(BENCHMARKS / "gpu.py", *QUICK, "--output", path, timeout=270)
     assert process.returncode == 0, process.stderr
     assert sorted(gpu.RESULTS.rglob("*")) == before
     document = json.loads(path.read_text())

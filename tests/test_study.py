@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tooling import run_script, start_script
 
 from bn_detection.config import ConfigError
 from bn_detection.data import make_leaky_shapes
@@ -395,18 +395,17 @@ def test_a_study_that_is_killed_goes_on_with_what_is_missing(tmp_path: Path) -> 
     overrides = ["DATASETS.COCO_JSON", str(datasets), "SOLVER.IMS_PER_BATCH", "1"]
     overrides += ["DATASETS.TRAIN", "('study_train',)", "DATASETS.TEST", "('study_val',)"]
     path, folder = write(tmp_path, text), tmp_path / "output"
-    command = [sys.executable, str(ROOT / "tools" / "study.py"), str(path), "--jobs", "1"]
-    command += ["--output-dir", str(folder), *overrides]
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    command = [ROOT / "tools" / "study.py", path, "--jobs", "1", "--output-dir", folder, *overrides]
+    first = start_script(*command, output=tmp_path)
     record = folder / "BN" / "seed_5" / "training.json"
     while not record.exists():
-        assert first.poll() is None
+        assert first.is_alive()
         time.sleep(0.02)
     first.kill()
-    first.wait()
+    first.join()
     before = record.stat().st_mtime_ns
 
-    second = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    second = run_script(*command)
     assert second.returncode == 0, second.stdout + second.stderr
     assert second.stdout.count("done before") == 1
     assert "[1 of 3] BN, seed 5: training: done before" in second.stdout

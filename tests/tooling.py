@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -24,6 +25,9 @@ QUICKSTART = ROOT / "configs" / "quickstart"
 # Forked from a server that has imported everything, processes start in a tenth of the time.
 FORK_SERVER = mp.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(["torch", "bn_detection", "bn_detection.engine"])
+
+
+_OUTPUTS = ("stdout", "stderr")
 
 
 class Ended(NamedTuple):
@@ -72,17 +76,23 @@ def run_script(
     Raises:
         subprocess.TimeoutExpired: it, and all that it started, is killed.
     """
-    argv = [str(path), *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = FORK_SERVER.Process(target=_run_script, args=(argv, os.getcwd(), files))
-        process.start()
+        process = start_script(path, *arguments, output=folder)
         process.join(timeout)
         if process.is_alive():
             os.killpg(process.pid, signal.SIGKILL)
-            raise subprocess.TimeoutExpired(argv, timeout)
-        texts = [file.read_text() for file in files]
-    return subprocess.CompletedProcess(argv, process.exitcode, *texts)
+            raise subprocess.TimeoutExpired(str(path), timeout)
+        texts = [Path(folder, name).read_text() for name in _OUTPUTS]
+    return subprocess.CompletedProcess([str(path), *arguments], process.exitcode, *texts)
+
+
+def start_script(path: str | Path, *arguments: object, output: str | Path) -> ForkServerProcess:
+    """Start what :func:`run_script` runs; its files ``stdout`` and ``stderr`` are in ``output``."""
+    argv = [str(path), *map(str, arguments)]
+    files = [Path(output, name) for name in _OUTPUTS]
+    process = FORK_SERVER.Process(target=_run_script, args=(argv, os.getcwd(), files))
+    process.start()
+    return process
 
 
 def _run_script(argv: list[str], folder: str, files: list[Path]) -> None:
