@@ -14,7 +14,7 @@ STAMP := $(VENV)/.bn_detection
 DEMO_DIR ?= output/demo
 TEST_JOBS ?= 2
 # A file of tests is run by one process, so that what its tests share is made once.
-XDIST = -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
+XDIST = -n $(TEST_JOBS) --dist loadfile
 
 # A checkout of Detectron2 to use in place of the installed one.
 ifdef DETECTRON2_SRC

@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,14 +15,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files whose tests start processes or train come first: at the end one would run alone."""
-    long: dict[Path, list[bool]] = {}
-    for item in items:
-        long.setdefault(item.path, []).append(item.get_closest_marker("timeout") is not None)
-    items.sort(key=lambda item: -sum(long[item.path]) / len(long[item.path]))
 
 
 @pytest.fixture

@@ -117,7 +117,8 @@ time.sleep(60)
 
 def test_a_folder_is_one_processs_until_it_is_killed(tmp_path: Path) -> None:
     # A process that it forked, such as a data loader's, does not keep the folder.
-    other = start(tmp_path, "if not os.fork(): time.sleep(3); os._exit(0)")
+    forks = "if not os.fork(): os.write(end, b'x'); time.sleep(3); os._exit(0)"
+    other = start(tmp_path, f"begin, end = os.pipe()\n{forks}\nos.read(begin, 1)")
     lock = FolderLock(tmp_path)
     try:
         owner = f"process {other.pid} on {socket.gethostname()}"

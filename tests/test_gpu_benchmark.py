@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -180,12 +181,13 @@ def test_processes_that_are_late_are_interrupted() -> None:
 
 
 @pytest.mark.timeout(120)
-def test_correctness_is_not_what_did_not_finish(tmp_path: Path) -> None:
-    plan = replace(gpu.quick_plan("cpu"), tests=("no_test_has_this_name",))
+def test_correctness_is_not_what_did_not_finish(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    plan = replace(gpu.quick_plan("cpu"), tests=("some",))
     results: dict[str, Any] = {}
     with pytest.raises(RuntimeError, match=r"1 of 1 processes did not finish"):
         gpu.correctness(plan, results, gpu.Deadline(100))
-    assert results["incomplete"] == {"no_test_has_this_name": "ended with 5"}
+    assert results["incomplete"] == {"some": "ended with 1"}
 
 
 @pytest.mark.timeout(120)
