@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import subprocess
 import sys
 import time
@@ -181,13 +180,18 @@ def test_processes_that_are_late_are_interrupted() -> None:
 
 
 @pytest.mark.timeout(120)
-def test_correctness_is_not_what_did_not_finish(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+def test_correctness_is_not_what_did_not_finish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "ends"
+    program.write_text("#!/bin/sh\nexit 5\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
     plan = replace(gpu.quick_plan("cpu"), tests=("some",))
     results: dict[str, Any] = {}
     with pytest.raises(RuntimeError, match=r"1 of 1 processes did not finish"):
         gpu.correctness(plan, results, gpu.Deadline(100))
-    assert results["incomplete"] == {"some": "ended with 1"}
+    assert results["incomplete"] == {"some": "ended with 5"}
 
 
 @pytest.mark.timeout(120)
