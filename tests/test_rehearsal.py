@@ -43,6 +43,7 @@ def told(error: pytest.ExceptionInfo[ConfigError]) -> str:
         (["SOLVER.STEPS", "(20, 10)"], ["SOLVER.STEPS", "rising"]),
         (["SOLVER.CHECKPOINT_PERIOD", 0], ["SOLVER.CHECKPOINT_PERIOD 0"]),
         (["SOLVER.IMS_PER_BATCH", 0], ["SOLVER.IMS_PER_BATCH 0"]),
+        (["MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 10**9], ["NUM_KEYPOINTS 1000000000", "10,000"]),
         (["SOLVER.IMS_PER_BATCH", 10**9], ["SOLVER.IMS_PER_BATCH 1000000000", "100,000"]),
         (["SOLVER.BASE_LR", -0.1], ["SOLVER.BASE_LR -0.1"]),
         (["SOLVER.BASE_LR", "1e400"], ["SOLVER.BASE_LR inf", "finite"]),
@@ -131,6 +132,13 @@ def test_configs_that_are_right_pass_and_leave_no_trace(name: str) -> None:
     assert random.getstate() == before[1]
     assert torch.equal(torch.get_rng_state(), before[2])
     assert np.random.get_state()[1].tolist() == state  # noqa: NPY002
+
+
+def test_what_an_evaluation_does_not_use_names_its_key_too() -> None:
+    cfg = config()
+    cfg.INPUT.MIN_SIZE_TRAIN = ([1],)
+    with pytest.raises(ConfigError, match=r"^INPUT.MIN_SIZE_TRAIN \(\[1\],\): with it making"):
+        rehearse(cfg, training=False)
 
 
 @pytest.mark.parametrize(

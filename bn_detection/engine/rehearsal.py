@@ -65,7 +65,10 @@ def rehearse(cfg: CfgNode, *, training: bool, step: bool = True) -> None:
         ConfigError: something cannot be built or run. Names the key where it can be told, or what
             was built.
     """
-    cfg = _in_small(cfg)
+    small: list[CfgNode] = []
+    groups = ("INPUT", "TEST", "MODEL")
+    _stage("making the job small", groups, cfg, lambda c: small.append(_in_small(c)))
+    cfg = small[0]
     with (
         _generators_kept(),
         _quiet(),
