@@ -1,7 +1,7 @@
 # make demo   install, train, evaluate and report on the embedded dataset
 # make study  install and run the leakage study on it, with three seeds
 # make test   install and run the tests (DETECTRON2_SRC=<checkout> for those of a Detectron2 checkout)
-# make test-fast  those that start no processes and train nothing
+# make test-fast  a part of them, in about a minute
 # make coverage  the tests, and which lines they run
 # make docs   the documentation as a site, output/site; a broken link or reference fails
 # make dist   install and build the sdist and the wheel, into dist/
@@ -51,9 +51,14 @@ dist: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(XDIST)
 
-# Those without a time limit of their own, which only processes and trainings have.
+# Without tests that have a time limit of their own, as processes and trainings do, and without the
+# files that take longest.
+SLOW := campaign cli collect collectives configs convert corruptions detector diagnose examples \
+    freeze gpu_benchmark install_detectron2 kernels launch population_benchmark population_hook \
+    preemption pretend_cuda recalibrate report resume study study_execution train_net wheel
 test-fast: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(XDIST) -m "not timeout"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(XDIST) -m "not timeout" \
+	    $(SLOW:%=--ignore=tests/test_%.py)
 
 # Not a part of test: before Python 3.14 it costs a fifth of the time.
 coverage: install
