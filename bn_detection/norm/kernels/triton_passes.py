@@ -83,28 +83,41 @@ def _sums_kernel(
         mean = tl.load(mean_ptr + group * channels + c, mask=in_c & used, other=0.0)
     begin = part * positions_a_program
     end = tl.minimum(begin + positions_a_program, positions)
-    for i in range(first, last):
-        row = i
-        if SORTED:
-            row = tl.load(order_ptr + i)
-        for start in range(begin, end, BLOCK_P):
-            p = start + tl.arange(0, BLOCK_P)
-            mask = in_c[:, None] & (p < end)[None, :]
+    for start in range(begin, end, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        mask = in_c[:, None] & (p < end)[None, :]
+        # Of each position over the rows, so that threads exchange nothing before the last row.
+        tile_sums = tl.zeros((BLOCK_C, BLOCK_P), ACC)
+        tile_products = tl.zeros((BLOCK_C, BLOCK_P), ACC)
+        rows = 0.0
+        for i in range(first, last):
+            row = i
+            if SORTED:
+                row = tl.load(order_ptr + i)
             values = tl.load(x_ptr + _locate(row, c, p, x_n, x_c, x_p), mask=mask, other=0.0)
             values = values.to(ACC)
             if GRADIENT:
                 offsets = _locate(row, c, p, grad_n, grad_c, grad_p)
                 gradient = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(ACC)
-                sums += tl.sum(gradient, 1).to(tl.float64)
-                products += tl.sum(gradient * (values - mean[:, None]), 1).to(tl.float64)
-            else:
-                count = tl.minimum(end - start, BLOCK_P)
-                tile_mean = tl.sum(values, 1) / count.to(ACC)
-                deviation = tl.where(mask, values - tile_mean[:, None], 0.0)
-                squares = tl.sum(deviation * deviation, 1).to(tl.float64)
-                tile_mean = tile_mean.to(tl.float64)
-                sums += tile_mean * count
-                products += squares + tile_mean * tile_mean * count
+                tile_sums += gradient
+                tile_products += gradient * (values - mean[:, None])
+            else:  # Welford: the mean, and the squared deviations from it
+                rows += 1.0
+                deviation = values - tile_sums
+                tile_sums += deviation * (1.0 / rows)
+                tile_products += deviation * (values - tile_sums)
+        if GRADIENT:
+            sums += tl.sum(tile_sums, 1).to(tl.float64)
+            products += tl.sum(tile_products, 1).to(tl.float64)
+        else:
+            width = tl.minimum(end - start, BLOCK_P)
+            tile_mean = tl.sum(tile_sums, 1) / width.to(ACC)
+            deviation = tl.where(mask, tile_sums - tile_mean[:, None], 0.0)
+            squares = tl.sum(tile_products + rows * deviation * deviation, 1).to(tl.float64)
+            tile_mean = tile_mean.to(tl.float64)
+            count = (width * (last - first)).to(tl.float64)
+            sums += tile_mean * count
+            products += squares + tile_mean * tile_mean * count
     out_ptr += (chunk * tl.num_programs(2) + part).to(tl.int64) * 2 * channels
     tl.store(out_ptr + c, sums, mask=in_c)
     tl.store(out_ptr + channels + c, products, mask=in_c)
