@@ -355,6 +355,9 @@ def one_of(workers: int) -> Iterator[None]:
             received.copy_(tensor)
         return _Done()
 
+    def all_gather_single(gathered: Tensor, tensor: Tensor, *_: Any, **__: Any) -> None:
+        gathered.view(workers, *tensor.shape).copy_(tensor)
+
     def all_to_all_single(received: Tensor, tensor: Tensor, *_: Any, **__: Any) -> _Done:
         received.copy_(tensor)  # all workers have as many rows
         return _Done()
@@ -364,6 +367,9 @@ def one_of(workers: int) -> Iterator[None]:
         with (
             mock.patch.object(dist, "all_reduce", all_reduce),
             mock.patch.object(dist, "all_gather", all_gather),
+            # Of nn.SyncBatchNorm, by its name in this torch and in earlier ones.
+            mock.patch.object(dist, "all_gather_single", all_gather_single, create=True),
+            mock.patch.object(dist, "all_gather_into_tensor", all_gather_single),
             mock.patch.object(dist, "all_to_all_single", all_to_all_single),
             # gloo cannot be faked.
             mock.patch.object(collectives, "_cpu_group", lambda: dist.group.WORLD),

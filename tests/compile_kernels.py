@@ -41,11 +41,13 @@ def launches() -> list[Launch]:
             x = torch.randn(4, 256, 7, 7).to(dtype, memory_format=memory_format)
             ids = None if dtype == torch.bfloat16 else torch.tensor([0, 1, 1, 0])
             groups = Groups(ids, 1 if ids is None else 2)
-            values = torch.zeros(groups.number, 256, dtype=torch.float64)
-            passes.moments(x, groups)
-            passes.affine(x, values, values, values, groups)
+            values = torch.zeros(groups.number, 256)
+            sums = passes.moments(x, groups)
+            passes.affine(x, values, values, values[0], groups)
             passes.gradient_sums(x, x, values, groups)
             passes.input_gradient(x, x, values, values, values, values, groups)
+            count, mean, var = sums.split([1, 256, 256], dim=1)
+            passes.averages(count, mean, var, values[0], values[0])
     return found
 
 

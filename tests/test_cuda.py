@@ -130,15 +130,15 @@ SAMPLES = [
     *itertools.product(["odd", "empty"], ALL[:3]),
     *itertools.product(["map"], (torch.float32, torch.bfloat16)),
 ]
-#: Of outputs and input gradients; and of what is summed, in float32 at least.
+#: Of outputs and input gradients; and of what is summed, over a map in float32 at least.
 TOLERANCES = {
     torch.float64: (1e-10, 1e-10),
-    torch.float32: (2e-5, 2e-5),
+    torch.float32: (2e-5, 5e-5),
     torch.float16: (1e-3, 5e-5),
     torch.bfloat16: (8e-3, 5e-5),
 }
-#: ``worker`` is torch's BatchNorm, which adds up a channel in float32.
-OF_TORCH = (1e-4, 3e-3)
+#: ``worker`` is torch's BatchNorm, which adds up a channel in float32, or cuDNN's.
+OF_TORCH = (1e-4, 1e-2)
 TRACKED = 5
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -487,7 +487,7 @@ def assert_compiled_is_eager(model: nn.Module, *, fullgraph: bool) -> None:
     eager = copy.deepcopy(model)
     compiled = torch.compile(model, backend=BACKEND, fullgraph=fullgraph)
     for seed in (0, 1):
-        x = values(SHAPES["rois"], torch.float32, seed).to(DEVICE)
+        x = values(SHAPES["rois"], next(model.parameters()).dtype, seed).to(DEVICE)
         results = []
         for module, called in ((model, compiled), (eager, eager)):
             set_rows_per_image(images(len(x)))
@@ -509,8 +509,11 @@ def test_compiled_plain_batch_norm_in_one_graph() -> None:
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("inference", INFERENCE)
 def test_compiled_inference_of_every_kind_in_one_graph(inference: str) -> None:
-    model = nn.Sequential(*(build_layer(kind, 64) for kind in KINDS)).eval()
-    for layer in model:
+    # Another BN would undo the scale that a BN gives, and its gradient would be rounding alone. In
+    # float64, for rounding grows from layer to layer.
+    layers = [build_layer(kind, 64, dtype=torch.float64) for kind in KINDS]
+    model = nn.Sequential(*(m for layer in layers for m in (layer, nn.Sigmoid()))).eval()
+    for layer in layers:
         layer.inference = inference
     assert_compiled_is_eager(model, fullgraph=True)
 
@@ -548,7 +551,7 @@ def exchanged() -> dict[str, Tensor]:
 
 def _in_a_group_of_one(folder: str) -> None:
     if ON_CUDA:
-        torch.cuda.set_device(DEVICE)
+        torch.cuda.set_device(DEVICE.index or 0)
     backend, store = "nccl" if ON_CUDA else "gloo", f"file://{folder}/store"
     dist.init_process_group(backend, init_method=store, world_size=1, rank=0)
     collectives, numbers = Collectives("layer"), torch.arange(6.0, device=DEVICE).double()

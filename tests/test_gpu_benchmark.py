@@ -266,4 +266,9 @@ def test_one_of_several_workers_normalizes_with_what_all_have() -> None:
         torch.testing.assert_close(layer(x), expected)
         # With 8 x 6 rows in eight groups, running statistics are means over groups.
         PartitionedBatchNorm2d(4, partition="shuffle")(x)
+        # As nn.SyncBatchNorm gathers statistics, which a CPU cannot run.
+        gathered = torch.empty(1, 8 * 3)
+        for gather in (dist.all_gather_single, dist.all_gather_into_tensor):
+            gather(gathered.zero_(), torch.arange(3.0), dist.group.WORLD, async_op=False)
+            assert gathered.view(8, 3).tolist() == [[0.0, 1.0, 2.0]] * 8
     assert not dist.is_initialized()

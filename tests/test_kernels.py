@@ -38,7 +38,12 @@ from bn_detection.norm import (
     kernels,
     set_rows_per_image,
 )
-from bn_detection.norm.kernels import Kernels, TorchKernels, choose_kernels
+from bn_detection.norm.kernels import (
+    Kernels,
+    TorchKernels,
+    accumulation_dtype,
+    choose_kernels,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 has_triton = pytest.mark.skipif(
@@ -71,14 +76,17 @@ def sums_by_group(values: Tensor, ids: Tensor, number: int) -> Tensor:
 
 def check_passes(passes: Kernels, x: Tensor, grad: Tensor, groups: Groups) -> None:
     generator = torch.Generator().manual_seed(3)
-    mean, scale, slope, shift = torch.randn(
-        4, groups.number, x.shape[1], dtype=torch.float64, generator=generator
+    mean, scale, shift, slope = torch.randn(
+        4, groups.number, x.shape[1], dtype=accumulation_dtype(x), generator=generator
     ).to(x.device)
     ids = torch.zeros(len(x), dtype=torch.long) if groups.ids is None else groups.ids
     ids = ids.to(x.device)
-    of_rows = [t[ids][:, :, None, None] for t in (mean, scale, slope, shift)]
+
+    def of_rows(values: Tensor) -> Tensor:
+        return values.double().expand(mean.shape)[ids][:, :, None, None]
+
     exact, gradient = x.double(), grad.double()
-    centred = exact - of_rows[0]
+    centred = exact - of_rows(mean)
     count = sums_by_group(torch.ones_like(x), ids, groups.number)[:, :1]
     sums = [count, *(sums_by_group(t, ids, groups.number) for t in (exact, exact.square()))]
     products = [sums_by_group(t, ids, groups.number) for t in (gradient, gradient * centred)]
@@ -91,15 +99,46 @@ def check_passes(passes: Kernels, x: Tensor, grad: Tensor, groups: Groups) -> No
     found = passes.gradient_sums(grad, x, mean, groups)
     assert found.dtype == torch.float64
     assert relative_error(found, torch.cat(products, 1)) < precision
-    y = passes.affine(x, mean, scale, shift, groups)
-    assert relative_error(y, centred * of_rows[1] + of_rows[3]) < rounding + precision
-    grad_x = passes.input_gradient(grad, x, mean, scale, slope, shift, groups)
-    expected = gradient * of_rows[1] + centred * of_rows[2] + of_rows[3]
+    for added in (shift, shift[0].double()):  # by group, and a bias
+        y = passes.affine(x, mean, scale, added, groups)
+        assert relative_error(y, centred * of_rows(scale) + of_rows(added)) < rounding + precision
+    grad_x = passes.input_gradient(grad, x, mean, scale, shift, slope, groups)
+    expected = (gradient - of_rows(shift) - centred * of_rows(slope)) * of_rows(scale)
     assert relative_error(grad_x, expected) < rounding + precision
     assert y.dtype == grad_x.dtype == x.dtype
     for memory_format in (CONTIGUOUS, CHANNELS_LAST):
         if x.is_contiguous(memory_format=memory_format):
             assert y.is_contiguous(memory_format=memory_format)
+
+
+#: Groups and channels whose statistics are not finite.
+BROKEN = {(5, 0), (6, 1), (7, 2)}
+
+
+@pytest.mark.parametrize("name", ["plain", TRITON])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_averages_are_over_groups_that_have_a_variance(name: str, dtype: torch.dtype) -> None:
+    number, channels = 37, 70
+    generator = torch.Generator().manual_seed(0)
+    count = torch.randint(2, 9, (number, 1), generator=generator).double()
+    count[3], count[4] = 0, 1
+    mean, var = torch.rand(2, number, channels, dtype=torch.float64, generator=generator)
+    mean[5, 0], mean[6, 1], var[7, 2], mean[:, 3] = torch.inf, torch.nan, torch.inf, torch.nan
+    running = torch.rand(2, channels, generator=generator).to(DEVICE, dtype)
+    wide = torch.cat([count, mean], 1).to(DEVICE)  # both are views in a layer
+    found = implementation(name).averages(wide[:, :1], wide[:, 1:], var.to(DEVICE), *running)
+    for channel in range(channels):
+        usable = [g for g in range(number) if g not in (3, 4) and (g, channel) not in BROKEN]
+        if channel == 3:
+            expected = running[:, channel].tolist()
+        else:
+            of_groups = [(mean[g, channel], var[g, channel], count[g, 0]) for g in usable]
+            expected = [
+                sum(float(m) for m, _, _ in of_groups) / len(usable),
+                sum(float(v * n / (n - 1)) for _, v, n in of_groups) / len(usable),
+            ]
+        assert [float(t[channel]) for t in found] == pytest.approx(expected, rel=1e-6)
+    assert all(t.dtype == dtype for t in found)
 
 
 def tensors(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -262,7 +301,7 @@ def test_kernels_compile_for_a_gpu() -> None:
     )
     assert process.returncode == 0, process.stderr
     compiled = re.findall(r"^(_\w+_kernel) sm_(\d+) (\d+) bytes$", process.stdout, re.MULTILINE)
-    names = {"_sums_kernel", "_add_chunks_kernel", "_affine_kernel"}
+    names = {"_sums_kernel", "_add_chunks_kernel", "_affine_kernel", "_averages_kernel"}
     assert {(name, gpu) for name, gpu, _ in compiled} == {
         (n, g) for n in names for g in ("90", "75")
     }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kernels import choose_kernels
+from .kernels import accumulation_dtype, choose_kernels
 from .partition import Groups
 
 AllReduce = Callable[[Tensor], Tensor]
@@ -54,10 +54,9 @@ def group_statistics(
         sums = x.new_zeros(groups.number, 2 * channels + 1, dtype=torch.float64)
     if all_reduce is not None:
         sums = all_reduce(sums)
-    count, total, squares = sums.split([1, channels, channels], dim=1)
-    safe = count.clamp(min=1)
-    mean = total / safe
-    return GroupStatistics(count, mean, (squares / safe - mean.square()).clamp_(min=0))
+    count = sums[:, :1]
+    mean, square = (sums[:, 1:] / count.clamp(min=1)).chunk(2, dim=1)
+    return GroupStatistics(count, mean, square.addcmul(mean, mean, value=-1).clamp_(min=0))
 
 
 def merge_statistics(parts: Sequence[GroupStatistics]) -> GroupStatistics:
@@ -125,16 +124,19 @@ class _GroupedBatchNorm(torch.autograd.Function):
         kernels: str,
     ) -> Tensor:
         r, d = correction
+        acc = accumulation_dtype(x)
         invstd = (statistics.var + eps).rsqrt()
-        scale = weight.double() * invstd if r is None else weight.double() * r * invstd
-        shift = bias.double().expand_as(scale) if d is None else bias.double() + weight.double() * d
-        ctx.save_for_backward(x, scale, statistics.mean, invstd, statistics.count, r, d)
+        if r is None or d is None:
+            scale, shift = weight * invstd, bias
+        else:
+            scale, shift = weight * r * invstd, (bias + weight * d).to(acc)
+        mean, scale = statistics.mean.to(acc), scale.to(acc)
+        ctx.save_for_backward(x, scale, mean, invstd, statistics.count, r, d)
         ctx.groups, ctx.all_reduce, ctx.kernels = groups, all_reduce, kernels
         ctx.parameter_dtype = weight.dtype
         if x.numel() == 0:
             return torch.empty_like(x)
-        passes = choose_kernels(kernels, x.device)
-        return passes.affine(x, statistics.mean, scale, shift, groups)
+        return choose_kernels(kernels, x.device).affine(x, mean, scale, shift, groups)
 
     @staticmethod
     @once_differentiable
@@ -145,10 +147,10 @@ class _GroupedBatchNorm(torch.autograd.Function):
             groups=ctx.groups,
             all_reduce=ctx.all_reduce,
             kernels=ctx.kernels,
+            parameter_dtype=ctx.parameter_dtype,
             needs_input_grad=ctx.needs_input_grad[0],
         )
-        grad_x, *of_parameters = gradients
-        return (grad_x, *(t.to(ctx.parameter_dtype) for t in of_parameters), *(None,) * 6)
+        return (*gradients, *(None,) * 6)
 
 
 def _gradients(
@@ -164,27 +166,31 @@ def _gradients(
     groups: Groups,
     all_reduce: AllReduce | None,
     kernels: str,
+    parameter_dtype: torch.dtype,
     needs_input_grad: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """The gradients of x, and this worker's of weight and bias, from the saved tensors."""
-    # Sums over each group of grad and of grad * (x - mean), side by side.
+    # Sums over each group of grad and of grad * xhat, side by side.
+    channels = x.shape[1]
     if x.numel() > 0:
         passes = choose_kernels(kernels, x.device)
         sums = passes.gradient_sums(grad, x, mean, groups)
     else:
-        sums = scale.new_zeros(groups.number, 2 * x.shape[1])
-    grad_sum, product_sum = sums.chunk(2, dim=1)
-    product_sum.mul_(invstd)
-    grad_weight = product_sum if r is None or d is None else r * product_sum + d * grad_sum
-    grad_weight, grad_bias = grad_weight.sum(0), grad_sum.sum(0)
+        sums = invstd.new_zeros(groups.number, 2 * channels)
+    sums[:, channels:].mul_(invstd)
+    of_worker = sums
+    if r is not None and d is not None:
+        grad_sum, product_sum = sums.chunk(2, dim=1)
+        of_worker = torch.cat([grad_sum, r * product_sum + d * grad_sum], dim=1)
+    grad_bias, grad_weight = of_worker.sum(0).to(parameter_dtype).chunk(2)
     if not needs_input_grad:
         return None, grad_weight, grad_bias
     if all_reduce is not None:
         sums = all_reduce(sums)
     if x.numel() == 0:
         return torch.empty_like(x), grad_weight, grad_bias
-    mean_grad, mean_product = (sums / count.clamp(min=1)).chunk(2, dim=1)
-    # scale * (grad - mean_grad - xhat * mean_product), linear in grad and x.
-    slope, shift = -scale * mean_product * invstd, -scale * mean_grad
-    grad_x = passes.input_gradient(grad, x, mean, scale, slope, shift, groups)
+    sums = sums / count.clamp(min=1)
+    sums[:, channels:].mul_(invstd)
+    shift, slope = sums.to(mean.dtype).chunk(2, dim=1)
+    grad_x = passes.input_gradient(grad, x, mean, scale, shift, slope, groups)
     return grad_x, grad_weight, grad_bias

@@ -20,7 +20,7 @@ from .batch_norms import (
 )
 from .collectives import Collectives, world_size
 from .functional import AllReduce, GroupStatistics, group_statistics, grouped_batch_norm
-from .kernels import KERNELS
+from .kernels import KERNELS, choose_kernels
 from .partition import Groups, Partition, build_partition, check_choice
 from .renorm import RenormSchedule
 from .scope import Forwards, Scope, in_backward
@@ -153,7 +153,10 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
             return batch_norm(self.running_mean, self.running_var, True, self.momentum)
         mean, var = torch.zeros_like(self.running_mean), torch.ones_like(self.running_var)
         y = batch_norm(mean, var, True, 1.0)
-        self._move(mean, var, _finite(mean, var))
+        finite = (mean + var).abs() < torch.inf
+        self._move(
+            torch.where(finite, mean, self.running_mean), torch.where(finite, var, self.running_var)
+        )
         return y
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -236,22 +239,19 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
             return
         # In tensors throughout: reading a number would wait for a GPU.
         count, mean, var = statistics.count, statistics.mean, statistics.var
-        counted = count > 1
-        usable = counted & _finite(mean, var)
-        number, unusable = usable.sum(0), ~usable
-        var = var * (count / (count - 1))
-        mean, var = (t.masked_fill(unusable, 0).sum(0) / number for t in (mean, var))
-        self.num_batches_tracked.add_(counted.any())
-        self._move(mean, var, number > 0)
+        kernels = choose_kernels(self.kernels, mean.device)
+        averages = kernels.averages(count, mean, var, self.running_mean, self.running_var)
+        self.num_batches_tracked.add_((count > 1).any())
+        self._move(*averages)
 
     @torch.no_grad()
-    def _move(self, mean: Tensor, var: Tensor, where: Tensor) -> None:
-        """Move the running statistics of the channels that ``where``, ``(C,)``, is true of."""
+    def _move(self, mean: Tensor, var: Tensor) -> None:
+        """Move the running statistics towards those of the newest mini-batch, ``(C,)``."""
         factor: float | Tensor | None = self.momentum
         if factor is None:
             factor = (1 / self.num_batches_tracked.clamp(min=1)).to(self.running_mean.dtype)
-        for running, new in ((self.running_mean, mean), (self.running_var, var)):
-            running.lerp_(torch.where(where, new.to(running.dtype), running), factor)
+        self.running_mean.lerp_(mean, factor)
+        self.running_var.lerp_(var, factor)
 
     def _batch_norm(
         self,
@@ -286,7 +286,3 @@ def partitioned(source: _BatchNorm, **options: Any) -> PartitionedBatchNorm2d:
     options = {"dimensions": input_dimensions(source), **options}
     layer = PartitionedBatchNorm2d(source.num_features, **options)
     return take_hooks(take_tensors(layer, source), source)
-
-
-def _finite(mean: Tensor, var: Tensor) -> Tensor:
-    return (mean + var).abs() < torch.inf

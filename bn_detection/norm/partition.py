@@ -259,11 +259,16 @@ def shuffled_groups(counts: list[int], number: int, seed: int) -> list[Tensor]:
         By worker: the group of each of its rows, ``(count,)`` int64, on the CPU.
     """
     total = sum(counts)
-    sizes = torch.full((number,), total // number)
-    sizes[: total % number] += 1
+    size, larger = divmod(total, number)  # the first groups have a row more
+    in_larger = larger * (size + 1)
     slots = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-    groups = torch.arange(number).repeat_interleave(sizes, output_size=total)
-    return list(groups[slots].split(counts))
+    # Arithmetic, and no look-up, for which torch would wake all threads of a CPU.
+    groups = torch.where(
+        slots < in_larger,
+        slots // (size + 1),
+        larger + (slots - in_larger) // max(size, 1),
+    )
+    return list(groups.split(counts))
 
 
 def virtual_share(virtual_workers: int) -> int:

@@ -1,6 +1,6 @@
 """The passes over activations that normalization by groups is made of, for any device.
 
-Two implementations have the four passes of :class:`Kernels`: ``torch``, of torch's operations and
+Two implementations have the passes of :class:`Kernels`: ``torch``, of torch's operations and
 right on every device, and ``triton``, fused, for CUDA. :func:`choose_kernels` picks one.
 """
 
@@ -29,9 +29,10 @@ _CPU_CHUNK, _GPU_CHUNK = 2**19, 2**23
 class Kernels(Protocol):
     """The passes over ``x``, ``(N, C, H, W)`` of any floating dtype and memory format, not empty.
 
-    What they take and give by group has the shape ``(G, C)``, or more columns, and is float64.
-    Activations are summed in float32 at least (float64 if ``x`` is) over a tile or row, and in
-    float64 over a group.
+    What they take by group has the shape ``(G, C)`` and the dtype that activations are summed in
+    (:func:`accumulation_dtype`); what they give is float64, with as many columns as they say.
+    Activations are summed in float32 at least (float64 if ``x`` is) over a row, or over a tile of
+    some rows, and in float64 over a group.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Kernels(Protocol):
     def affine(
         self, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, groups: Groups
     ) -> Tensor:
-        """``(x - mean) * scale + shift``, as ``x``."""
+        """``(x - mean) * scale + shift``, as ``x``; ``shift`` may be ``(C,)``, of any dtype."""
         ...
 
     def gradient_sums(self, grad: Tensor, x: Tensor, mean: Tensor, groups: Groups) -> Tensor:
@@ -60,11 +61,21 @@ class Kernels(Protocol):
         x: Tensor,
         mean: Tensor,
         scale: Tensor,
-        slope: Tensor,
         shift: Tensor,
+        slope: Tensor,
         groups: Groups,
     ) -> Tensor:
-        """``grad * scale + (x - mean) * slope + shift``, as ``x``."""
+        """``(grad - shift - (x - mean) * slope) * scale``, as ``x``."""
+        ...
+
+    def averages(
+        self, count: Tensor, mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Means and unbiased variances over groups, ``(C,)``, as the running ones.
+
+        Of groups of at least two values, whose statistics are finite; the running statistics of a
+        channel that has no such group.
+        """
         ...
 
 
@@ -117,9 +128,10 @@ def _try(kernels: Kernels, device: torch.device) -> None:
     """Compile and run each pass once; raises what Triton or the driver does."""
     x = torch.zeros(2, 4, 3, 3, device=device)
     groups = Groups(torch.zeros(2, dtype=torch.long, device=device), 1)
-    mean = torch.zeros(1, 4, dtype=torch.float64, device=device)
-    kernels.moments(x, groups)
+    mean = torch.zeros(1, 4, device=device)
+    sums = kernels.moments(x, groups)
     kernels.affine(x, mean, mean, mean, groups)
     kernels.gradient_sums(x, x, mean, groups)
     kernels.input_gradient(x, x, mean, mean, mean, mean, groups)
+    kernels.averages(sums[:, :1], sums[:, 1:5], sums[:, 5:], mean[0], mean[0])
     torch.cuda.synchronize(device)

@@ -49,7 +49,7 @@ class TorchKernels:
     def affine(
         self, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, groups: Groups
     ) -> Tensor:
-        parameters = [t.to(accumulation_dtype(x)) for t in (mean, scale, shift)]
+        parameters = [mean, scale, shift.to(mean.dtype).expand_as(mean)]
         if self._use_batch_norm(x, groups):
             mean, scale, shift = parameters
             return _batch_norm(x, mean, scale, shift, groups)
@@ -60,7 +60,6 @@ class TorchKernels:
         return out
 
     def gradient_sums(self, grad: Tensor, x: Tensor, mean: Tensor, groups: Groups) -> Tensor:
-        mean = mean.to(accumulation_dtype(x))
         add = _batch_norm_sums if self.fused and x.is_contiguous() else _sums
         sums = []
         for rows in self._chunks(x):
@@ -74,11 +73,12 @@ class TorchKernels:
         x: Tensor,
         mean: Tensor,
         scale: Tensor,
-        slope: Tensor,
         shift: Tensor,
+        slope: Tensor,
         groups: Groups,
     ) -> Tensor:
-        parameters = [t.to(accumulation_dtype(x)) for t in (mean, scale, slope, shift)]
+        # Linear in grad and in x.
+        parameters = [mean, scale, -scale * slope, -scale * shift]
         if x.dtype not in _HALF and self._use_batch_norm(x, groups):
             mean, scale, slope, shift = parameters
             out = _batch_norm(x, mean, slope, shift, groups)
@@ -89,6 +89,20 @@ class TorchKernels:
             part = _centred(x[rows], mean).mul_(slope).add_(shift)
             out[rows] = part.addcmul_(grad[rows].to(mean.dtype), scale)
         return out
+
+    def averages(
+        self, count: Tensor, mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        usable = (count > 1) & ((mean + var).abs() < torch.inf)
+        number, unusable = usable.sum(0), ~usable
+        averages = (
+            t.masked_fill(unusable, 0).sum(0) / number for t in (mean, var * (count / (count - 1)))
+        )
+        new_mean, new_var = (
+            torch.where(number > 0, new.to(running.dtype), running)
+            for new, running in zip(averages, (running_mean, running_var), strict=True)
+        )
+        return new_mean, new_var
 
     def _chunks(self, x: Tensor) -> Iterator[slice]:
         number = max(self.chunk // x[0].numel(), 1)

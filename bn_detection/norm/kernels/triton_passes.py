@@ -7,6 +7,7 @@ and a second kernel adds up the chunks of each group, in a fixed order: the same
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,24 +18,29 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..partition import Groups
-from .torch_passes import accumulation_dtype
 
-#: Elements of a tile: 16 a thread.
-_TILE = 2048
+#: Elements of a tile where neighbours in memory are positions, and where they are channels.
+_TILE, _TILE_LAST = 1024, 2048
 #: Positions of a tile, at most, where neighbours in memory are positions.
 _POSITIONS = 1024
 #: Channels of a tile, at most, where they are channels (channels_last).
 _CHANNELS = 64
 #: Programs to fill a GPU with, before a program gets more rows or positions.
-_PROGRAMS = 4096
+_PROGRAMS = 1024
 #: Rows of a chunk, at most.
-_ROWS = 16
+_ROWS = 64
+#: Rows that are loaded at once, so that more of them are on their way from memory.
+_AT_ONCE = 4
+#: Neighbours that are read at once, at most: eight of 2 bytes are what a thread can.
+_MOST_AT_ONCE = 8
+#: Of a row: offsets in it are of 32 bits.
+_MOST_ELEMENTS = 2**31 - 1
 
 
 @triton.jit
-def _locate(row, c, p, stride_n, stride_c, stride_p):
-    """Offsets of a tile of channels x positions."""
-    return row.to(tl.int64) * stride_n + c[:, None] * stride_c + p[None, :] * stride_p
+def _multiple(number, ALIGNED: tl.constexpr):
+    """Shows the compiler that a number is a multiple: it loads as many neighbours at once."""
+    return number // ALIGNED * ALIGNED
 
 
 @triton.jit
@@ -52,17 +58,16 @@ def _sums_kernel(
     positions_a_program,
     rows_a_chunk,
     groups,
-    x_n,
-    x_c,
-    x_p,
-    grad_n,
-    grad_c,
-    grad_p,
+    stride_n,
+    stride_c,
+    stride_p,
     SORTED: tl.constexpr,
     GRADIENT: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Two float64 sums over a chunk, (chunk, 2, C): of x and its squares, or of the gradients."""
     chunk = tl.program_id(0)
@@ -83,29 +88,38 @@ def _sums_kernel(
         mean = tl.load(mean_ptr + group * channels + c, mask=in_c & used, other=0.0)
     begin = part * positions_a_program
     end = tl.minimum(begin + positions_a_program, positions)
+    if ALIGNED > 1:
+        end = _multiple(end, ALIGNED)
+        stride_n, stride_c = _multiple(stride_n, ALIGNED), _multiple(stride_c, ALIGNED)
     for start in range(begin, end, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         mask = in_c[:, None] & (p < end)[None, :]
+        offsets = c[:, None] * stride_c + p[None, :] * stride_p
         # Of each position over the rows, so that threads exchange nothing before the last row.
         tile_sums = tl.zeros((BLOCK_C, BLOCK_P), ACC)
         tile_products = tl.zeros((BLOCK_C, BLOCK_P), ACC)
         rows = 0.0
-        for i in range(first, last):
-            row = i
-            if SORTED:
-                row = tl.load(order_ptr + i)
-            values = tl.load(x_ptr + _locate(row, c, p, x_n, x_c, x_p), mask=mask, other=0.0)
-            values = values.to(ACC)
-            if GRADIENT:
-                offsets = _locate(row, c, p, grad_n, grad_c, grad_p)
-                gradient = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(ACC)
-                tile_sums += gradient
-                tile_products += gradient * (values - mean[:, None])
-            else:  # Welford: the mean, and the squared deviations from it
-                rows += 1.0
-                deviation = values - tile_sums
-                tile_sums += deviation * (1.0 / rows)
-                tile_products += deviation * (values - tile_sums)
+        for some in range(first, last, AT_ONCE):
+            for i in tl.static_range(AT_ONCE):
+                is_row = some + i < last
+                row = some + i
+                if SORTED:
+                    row = tl.load(order_ptr + row, mask=is_row, other=0)
+                row = row.to(tl.int64) * stride_n
+                here = mask & is_row
+                values = tl.load(x_ptr + row + offsets, mask=here, other=0.0).to(ACC)
+                if GRADIENT:
+                    gradient = tl.load(grad_ptr + row + offsets, mask=here, other=0.0)
+                    gradient = gradient.to(ACC)
+                    tile_sums += gradient
+                    tile_products += gradient * (values - mean[:, None])
+                else:  # Welford: the mean, and the squared deviations from it
+                    rows = tl.where(is_row, rows + 1.0, rows)
+                    share = tl.where(is_row, 1.0 / tl.maximum(rows, 1.0), 0.0)
+                    deviation = values - tile_sums
+                    tile_sums += deviation * share
+                    rest = values - tile_sums
+                    tile_products += tl.where(is_row, deviation * rest, 0.0)
         if GRADIENT:
             sums += tl.sum(tile_sums, 1).to(tl.float64)
             products += tl.sum(tile_products, 1).to(tl.float64)
@@ -160,47 +174,91 @@ def _affine_kernel(
     grad_ptr,
     ids_ptr,
     mean_ptr,
-    slope_ptr,
-    shift_ptr,
     scale_ptr,
+    shift_ptr,
+    shift_g,
+    slope_ptr,
+    slope_g,
     out_ptr,
     channels,
     positions,
-    x_n,
-    x_c,
-    x_p,
-    grad_n,
-    grad_c,
-    grad_p,
-    out_n,
-    out_c,
-    out_p,
+    stride_n,
+    stride_c,
+    stride_p,
     GROUPED: tl.constexpr,
     GRADIENT: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    """(x - mean) * slope + shift, and grad * scale added to it."""
-    row = tl.program_id(0)
+    """(x - mean) * scale + shift; or (grad - shift - (x - mean) * slope) * scale."""
+    if ALIGNED > 1:
+        positions = _multiple(positions, ALIGNED)
+        stride_n, stride_c = _multiple(stride_n, ALIGNED), _multiple(stride_c, ALIGNED)
+    row = tl.program_id(0).to(tl.int64) * stride_n
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     p = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)
     in_c = c < channels
     mask = in_c[:, None] & (p < positions)[None, :]
-    parameters = c
+    offsets = c[:, None] * stride_c + p[None, :] * stride_p
+    values = tl.load(x_ptr + row + offsets, mask=mask, other=0.0).to(ACC)
+    group = 0
     if GROUPED:
-        parameters += tl.load(ids_ptr + row).to(tl.int32) * channels
-    mean = tl.load(mean_ptr + parameters, mask=in_c, other=0.0)
-    slope = tl.load(slope_ptr + parameters, mask=in_c, other=0.0)
-    shift = tl.load(shift_ptr + parameters, mask=in_c, other=0.0)
-    values = tl.load(x_ptr + _locate(row, c, p, x_n, x_c, x_p), mask=mask, other=0.0).to(ACC)
-    out = (values - mean[:, None]) * slope[:, None] + shift[:, None]
+        group = tl.load(ids_ptr + tl.program_id(0)).to(tl.int32)
+    mean = tl.load(mean_ptr + group * channels + c, mask=in_c, other=0.0)
+    scale = tl.load(scale_ptr + group * channels + c, mask=in_c, other=0.0)
+    shift = tl.load(shift_ptr + group * shift_g + c, mask=in_c, other=0.0).to(ACC)
+    centred = values - mean[:, None]
     if GRADIENT:
-        scale = tl.load(scale_ptr + parameters, mask=in_c, other=0.0)
-        offsets = _locate(row, c, p, grad_n, grad_c, grad_p)
-        gradient = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(ACC)
-        out += gradient * scale[:, None]
-    tl.store(out_ptr + _locate(row, c, p, out_n, out_c, out_p), out, mask=mask)
+        slope = tl.load(slope_ptr + group * slope_g + c, mask=in_c, other=0.0)
+        gradient = tl.load(grad_ptr + row + offsets, mask=mask, other=0.0).to(ACC)
+        out = (gradient - shift[:, None] - centred * slope[:, None]) * scale[:, None]
+    else:
+        out = centred * scale[:, None] + shift[:, None]
+    tl.store(out_ptr + row + offsets, out, mask=mask)
+
+
+@triton.jit
+def _averages_kernel(
+    count_ptr,
+    count_g,
+    mean_ptr,
+    mean_g,
+    var_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    out_ptr,
+    groups,
+    channels,
+    BLOCK_G: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Over groups, of means and unbiased variances; the running ones where no group has any."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_c = c < channels
+    number = tl.zeros((BLOCK_C,), tl.float64)
+    means = tl.zeros((BLOCK_C,), tl.float64)
+    variances = tl.zeros((BLOCK_C,), tl.float64)
+    for start in range(0, groups, BLOCK_G):
+        g = start + tl.arange(0, BLOCK_G)
+        in_g = g < groups
+        mask = in_g[:, None] & in_c[None, :]
+        count = tl.load(count_ptr + g * count_g, mask=in_g, other=0.0)
+        mean = tl.load(mean_ptr + g[:, None] * mean_g + c[None, :], mask=mask, other=0.0)
+        var = tl.load(var_ptr + g[:, None] * channels + c[None, :], mask=mask, other=0.0)
+        usable = mask & (count > 1)[:, None] & (tl.abs(mean + var) < float("inf"))
+        unbiased = count / tl.maximum(count - 1, 1)
+        number += tl.sum(usable.to(tl.float64), 0)
+        means += tl.sum(tl.where(usable, mean, 0.0), 0)
+        variances += tl.sum(tl.where(usable, var * unbiased[:, None], 0.0), 0)
+    running_mean = tl.load(running_mean_ptr + c, mask=in_c, other=0.0).to(tl.float64)
+    running_var = tl.load(running_var_ptr + c, mask=in_c, other=0.0).to(tl.float64)
+    some = number > 0
+    number = tl.maximum(number, 1.0)
+    tl.store(out_ptr + c, tl.where(some, means / number, running_mean), mask=in_c)
+    variances = tl.where(some, variances / number, running_var)
+    tl.store(out_ptr + channels + c, variances, mask=in_c)
 
 
 @dataclass(frozen=True)
@@ -265,16 +323,37 @@ class TritonKernels:
         x: Tensor,
         mean: Tensor,
         scale: Tensor,
-        slope: Tensor,
         shift: Tensor,
+        slope: Tensor,
         groups: Groups,
     ) -> Tensor:
-        return self._affine(x, mean, slope, shift, groups, grad, scale)
+        return self._affine(x, mean, scale, shift, groups, grad, slope)
+
+    def averages(
+        self, count: Tensor, mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        groups, channels = mean.shape
+        out = running_mean.new_empty(2, channels)
+        _launch(
+            _averages_kernel,
+            (triton.cdiv(channels, 64), 1, 1),
+            *_by_group(count),
+            *_by_group(mean),
+            var.contiguous(),
+            running_mean,
+            running_var,
+            out,
+            groups,
+            channels,
+            BLOCK_G=16,
+            BLOCK_C=64,
+        )
+        return out[0], out[1]
 
     def _sums(self, x: Tensor, groups: Groups, grad: Tensor | None, mean: Tensor | None) -> Tensor:
         gradient = grad is not None
-        x = _with_positions(x)
-        grad = x if grad is None else _with_positions(grad)
+        x = _dense(x)
+        grad = x if grad is None else _as_laid_out(grad, x)
         number, channels, positions = len(x), x.shape[1], x.shape[2] * x.shape[3]
         block_c, block_p = _blocks(x)
         blocks = triton.cdiv(channels, block_c)
@@ -287,13 +366,12 @@ class TritonKernels:
         sums = x.new_empty(len(chunks.group), parts, 2, channels, dtype=torch.float64)
         offset = 0 if gradient else 1
         out = x.new_empty(groups.number, offset + 2 * channels, dtype=torch.float64)
-        mean = sums if mean is None else mean.to(accumulation_dtype(x)).contiguous()
         _launch(
             _sums_kernel,
             (len(chunks.group), blocks, parts),
             x,
             grad,
-            mean,
+            sums if mean is None else mean.contiguous(),
             chunks.first_row if chunks.order is None else chunks.order,
             chunks.group,
             chunks.first_chunk,
@@ -305,12 +383,13 @@ class TritonKernels:
             chunks.rows,
             groups.number,
             *_strides(x),
-            *_strides(grad),
             SORTED=chunks.order is not None,
             GRADIENT=gradient,
             ACC=_acc(x),
             BLOCK_C=block_c,
             BLOCK_P=block_p,
+            AT_ONCE=_AT_ONCE,
+            ALIGNED=_alignment(x),
         )
         _launch(
             _add_chunks_kernel,
@@ -332,38 +411,36 @@ class TritonKernels:
         self,
         x: Tensor,
         mean: Tensor,
-        slope: Tensor,
+        scale: Tensor,
         shift: Tensor,
         groups: Groups,
         grad: Tensor | None,
-        scale: Tensor | None,
+        slope: Tensor | None,
     ) -> Tensor:
-        gradient = grad is not None
-        x = _with_positions(x)
-        out = torch.empty_like(x)
-        grad = x if grad is None else _with_positions(grad)
-        scale = slope if scale is None else scale
-        acc = accumulation_dtype(x)
+        x = _dense(x)
         channels, positions = x.shape[1], x.shape[2] * x.shape[3]
         block_c, block_p = _blocks(x)
+        out = torch.empty_like(x)
         _launch(
             _affine_kernel,
             (len(x), triton.cdiv(channels, block_c), triton.cdiv(positions, block_p)),
             x,
-            grad,
+            x if grad is None else _as_laid_out(grad, x),
             x if groups.ids is None else groups.ids,
-            *(t.to(acc).contiguous() for t in (mean, slope, shift, scale)),
+            mean.contiguous(),
+            scale.contiguous(),
+            *_by_group(shift),
+            *_by_group(mean if slope is None else slope),
             out,
             channels,
             positions,
             *_strides(x),
-            *_strides(grad),
-            *_strides(out),
             GROUPED=groups.ids is not None,
-            GRADIENT=gradient,
+            GRADIENT=grad is not None,
             ACC=_acc(x),
             BLOCK_C=block_c,
             BLOCK_P=block_p,
+            ALIGNED=_alignment(x),
         )
         return out
 
@@ -388,10 +465,32 @@ def _acc(x: Tensor) -> tl.dtype:
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
-def _with_positions(x: Tensor) -> Tensor:
-    """``x``, or a copy in which one stride leads from each position of a map to the next."""
-    one_stride = 1 in x.shape[2:] or x.stride(2) == x.shape[3] * x.stride(3)
-    return x if one_stride else x.contiguous()
+def _by_group(values: Tensor) -> tuple[Tensor, int]:
+    """``(G, C)`` or ``(C,)``, for all groups, and the stride of the groups."""
+    if values.stride(-1) != 1:
+        values = values.contiguous()
+    return values, values.stride(0) if values.dim() > 1 else 0
+
+
+def _dense(x: Tensor) -> Tensor:
+    """``x``, or a copy in one of the two formats.
+
+    Raises:
+        ValueError: a row has too many elements.
+    """
+    if x[0].numel() > _MOST_ELEMENTS:
+        raise ValueError(
+            f"BN.KERNELS triton takes rows of at most {_MOST_ELEMENTS} elements, and one of "
+            f"{tuple(x.shape)} has {x[0].numel()}; torch takes any."
+        )
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x.contiguous()
+
+
+def _as_laid_out(grad: Tensor, x: Tensor) -> Tensor:
+    """``grad``, or a copy with the strides of ``x``."""
+    return grad if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
@@ -399,11 +498,19 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.stride(3) if x.shape[3] > 1 else x.stride(2)
 
 
+def _alignment(x: Tensor) -> int:
+    """Neighbouring positions that can be read at once: each map begins at a multiple of them."""
+    stride_n, stride_c, stride_p = _strides(x)
+    if stride_p != 1:
+        return 1
+    return math.gcd(_MOST_AT_ONCE, x.shape[2] * x.shape[3], stride_n, stride_c)
+
+
 def _blocks(x: Tensor) -> tuple[int, int]:
     """Channels and positions of a tile: as many neighbours in memory as there are."""
     channels, positions = x.shape[1], x.shape[2] * x.shape[3]
     if x.stride(1) == 1 and positions > 1:
         block_c = min(triton.next_power_of_2(channels), _CHANNELS)
-        return block_c, min(triton.next_power_of_2(positions), _TILE // block_c)
+        return block_c, min(triton.next_power_of_2(positions), _TILE_LAST // block_c)
     block_p = min(triton.next_power_of_2(positions), _POSITIONS)
     return min(triton.next_power_of_2(channels), _TILE // block_p), block_p
