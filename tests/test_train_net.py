@@ -148,7 +148,8 @@ def test_torchrun(folder: Path, tmp_path: Path) -> None:
 
 
 def trainer(folder: Path, output: Path, config: str = "bn", *more: object) -> Trainer:
-    opts = overrides(folder, output, "SOLVER.IMS_PER_BATCH", 1, *more)
+    narrow = ("MODEL.ROI_BOX_HEAD.CONV_DIM", 32, "MODEL.ROI_BOX_HEAD.FC_DIM", 32)
+    opts = overrides(folder, output, "SOLVER.IMS_PER_BATCH", 1, *narrow, *more)
     cfg = load_config(parse(QUICKSTART / f"mask_rcnn_{config}.yaml", opts))
     register_datasets(cfg)
     torch.manual_seed(0)
