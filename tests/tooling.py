@@ -107,7 +107,12 @@ def _run_script(argv: list[str], folder: str, files: list[Path]) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     subprocess_handler.Popen = _ForkedPython
-    _be_python(argv)
+    try:
+        _be_python(argv)
+    except KeyboardInterrupt:
+        # One that nobody handles ends Python by the signal itself.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 class _ForkedPython(subprocess.Popen[bytes]):

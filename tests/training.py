@@ -32,7 +32,7 @@ def make_images(folder: Path) -> None:
 def build_trainer(
     folder: Path, output: Path, *more: object, config: str = "bn", resume: bool = False
 ) -> Trainer:
-    """A trainer of a quickstart config with a narrow box head, seeded generators, its weights loaded.
+    """A trainer of a quickstart config but for its sizes, generators seeded, weights loaded.
 
     Args:
         folder: of :func:`make_images`.
