@@ -174,6 +174,7 @@ def test_single_worker_is_a_call():
 
 def record_attempt_and_die_in_the_first(folder):
     record_worker(Path(folder, str(int(restarted()))))
+    comm.synchronize()
     if comm.get_rank() == 1 and not restarted():
         os.kill(os.getpid(), signal.SIGKILL)
 
