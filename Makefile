@@ -31,10 +31,12 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard bn_detection/install_detectr
 	    echo "error: $(PYTHON) has no venv with pip. On Debian and Ubuntu: apt install" \
 	    "$$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')" >&2; \
 	    exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
 	    --constraint constraints.txt --editable ".[dev]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
 	    --constraint constraints.txt imagecorruptions-imaug
+# On all cores, where pip uses one; as for pip, a file that is no Python is no error.
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	$(BIN)/bn-detection install-detectron2
 	touch $@
 

@@ -12,8 +12,8 @@ from multiprocessing.process import BaseProcess
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from distributed import run_workers
+from tooling import FORK_SERVER
 from torch import nn
 
 from bn_detection.norm import (
@@ -128,8 +128,6 @@ def errors() -> Iterator[dict[tuple[Scenario, str, int], list[str]]]:
 
     In processes of their own, since the process group cannot be used again.
     """
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "bn_detection"])
     stores: list[dist.TCPStore] = []
     processes: list[BaseProcess] = []
     pipes = {}
@@ -137,9 +135,9 @@ def errors() -> Iterator[dict[tuple[Scenario, str, int], list[str]]]:
         for case in CASES:
             stores.append(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
             for rank in range(2):
-                pipes[case, rank], theirs = context.Pipe()
+                pipes[case, rank], theirs = FORK_SERVER.Pipe()
                 args = (rank, stores[-1].port, case, theirs)
-                processes.append(context.Process(target=_work, args=args, daemon=True))
+                processes.append(FORK_SERVER.Process(target=_work, args=args, daemon=True))
                 processes[-1].start()
         assert all(pipe.poll(60) for pipe in pipes.values()), "a worker hangs"
         yield {case: [_message(pipes[case, rank]) for rank in range(2)] for case in CASES}

@@ -31,6 +31,11 @@ from bn_detection import add_bn_detection_config, configure_model
 from bn_detection.data import make_leaky_shapes
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart"
+NARROW: dict[str, Any] = {
+    "MODEL.ROI_BOX_HEAD.CONV_DIM": 16,
+    "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
+    "MODEL.ROI_MASK_HEAD.CONV_DIM": 16,
+}
 
 Image = dict[str, Any]
 Tensors = dict[str, Tensor]
@@ -41,7 +46,7 @@ def config(kind: str, options: dict[str, Any]) -> CfgNode:
     cfg = get_cfg()
     add_bn_detection_config(cfg)
     cfg.merge_from_file(str(QUICKSTART / f"mask_rcnn_{kind}.yaml"))
-    cfg.merge_from_list([part for pair in options.items() for part in pair])
+    cfg.merge_from_list([part for pair in (NARROW | options).items() for part in pair])
     return cfg
 
 

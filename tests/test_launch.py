@@ -172,26 +172,34 @@ def test_single_worker_is_a_call():
     assert launch(no_process_group, 1, args=(5,)) == 5
 
 
-def test_two_machines(tmp_path):
+def record_attempt_and_die_in_the_first(folder):
+    record_worker(Path(folder, str(int(restarted()))))
+    comm.synchronize()
+    if comm.get_rank() == 1 and not restarted():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_two_machines_and_their_restart(tmp_path):
+    for attempt in "01":
+        (tmp_path / attempt).mkdir()
     with dist_port() as port:
         url = f"tcp://127.0.0.1:{port}"
     launch_together(
         *(
             {
-                "num_workers_per_machine": 1,
-                "num_machines": 2,
-                "machine_rank": rank,
-                "dist_url": url,
-                "args": (str(tmp_path),),
+                **{"num_workers_per_machine": 1, "num_machines": 2, "machine_rank": rank},
+                **{"dist_url": url, "args": (str(tmp_path),), "max_restarts": 1},
             }
             for rank in range(2)
-        )
+        ),
+        what=record_attempt_and_die_in_the_first,
     )
-    records = read_records(tmp_path)
-    assert sorted(records) == [0, 1]
-    for facts in records.values():
-        assert (facts["world_size"], facts["local_rank"], facts["local_size"]) == (2, 0, 1)
-        assert facts["total"] == 1
+    for attempt in "01":
+        records = read_records(tmp_path / attempt)
+        assert sorted(records) == [0, 1]
+        for facts in records.values():
+            assert (facts["world_size"], facts["local_rank"], facts["local_size"]) == (2, 0, 1)
+            assert facts["total"] == 1
 
 
 class dist_port:
@@ -321,12 +329,6 @@ def test_killed_worker():
         launch(killed_worker, 2, device="cpu", args=(signal.SIGKILL,))
 
 
-def dies_once(folder):
-    if dist.get_rank() == 1 and not restarted():
-        os.kill(os.getpid(), signal.SIGKILL)
-    record_worker(folder)
-
-
 def fails_alone():
     assert not dist.is_initialized()
     raise ValueError("again" if restarted() else "the first time")
@@ -343,22 +345,6 @@ def test_a_failure_that_a_restart_does_not_mend(capfd):
 def test_a_config_error_is_not_tried_again(monkeypatch, capfd):
     status, _, stderr = run_tool(["--max-restarts", "1", "config error"], monkeypatch, capfd)
     assert (status, stderr) == (2, "error: BN.MOMENTUM 2.0: expected a number in (0, 1]\n")
-
-
-def test_restart_of_two_machines(tmp_path):
-    with dist_port() as port:
-        url = f"tcp://127.0.0.1:{port}"
-    launch_together(
-        *(
-            {
-                **{"num_workers_per_machine": 1, "num_machines": 2, "machine_rank": rank},
-                **{"dist_url": url, "args": (str(tmp_path),), "max_restarts": 1},
-            }
-            for rank in range(2)
-        ),
-        what=dies_once,
-    )
-    assert sorted(read_records(tmp_path)) == [0, 1]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import run_workers
+from tooling import run_script
 from torch.utils.data import Dataset
 from training import RETINANET, build_trainer, different, make_images, train
 
@@ -278,15 +280,16 @@ def _trainings(folder: str, output: str) -> None:
 
 
 @pytest.mark.timeout(240)
-def test_restarted_workers_go_on_from_the_last_checkpoint(
-    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    arguments = (str(folder), str(tmp_path))
-    engine.launch(_trainings, 2, device="cpu", args=arguments, max_restarts=2)
+def test_restarted_workers_go_on_from_the_last_checkpoint(folder: Path, tmp_path: Path) -> None:
+    run = run_script(__file__, folder, tmp_path)
+    assert run.returncode == 0, run.stdout + run.stderr
     whole, killed = (
         torch.load(tmp_path / name / "model_final.pth")["model"] for name in ("whole", "killed")
     )
     assert different(whole, killed) == []
-    errors = capfd.readouterr().err
-    assert "worker failed (rank 1 of 2): it was killed by SIGKILL" in errors
-    assert errors.count("the workers start again (1 of 2 restarts)") == 1
+    assert "worker failed (rank 1 of 2): it was killed by SIGKILL" in run.stderr
+    assert run.stderr.count("the workers start again (1 of 2 restarts)") == 1
+
+
+if __name__ == "__main__":
+    engine.launch(_trainings, 2, device="cpu", args=sys.argv[1:], max_restarts=2)

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 from study_tasks import appending, task
+from tooling import start_script
 
 from bn_detection.config import ConfigError
 from bn_detection.engine.checkpoint import AtomicCheckpointer
@@ -27,7 +29,6 @@ from bn_detection.study.process import run_and_record, write_json
 from bn_detection.study.scheduler import FolderError, execute
 from bn_detection.study.study_file import Study
 
-HERE = Path(__file__).parent
 STUDY = Study("small", Path("small.yaml"), "", None, 1, (1,), {}, {}, "", {}, None)
 
 
@@ -137,9 +138,7 @@ def test_gpus_are_divided_among_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 RUNNER = """
-import sys
 from pathlib import Path
-sys.path.insert(0, {here!r})
 from bn_detection.study.executors import LocalExecutor
 from bn_detection.study.folder import claimed
 from bn_detection.study.runner import _sigterm_ends
@@ -157,12 +156,9 @@ with _sigterm_ends(), claimed(folder, STUDY, {{}}, {{}}) as lock:
 """
 
 
-def start_runner(folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
+def start_runner(folder: Path) -> tuple[ForkServerProcess, list[int]]:
     """A runner in a process of its own, once its short task is done and two others run."""
-    code = RUNNER.format(here=str(HERE), folder=str(folder))
-    runner = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    runner = start_script("-c", RUNNER.format(folder=str(folder)), output=folder.parent)
     pids = [folder / "pid_long", folder / "pid_longer"]
     wait_for(lambda: all(path.exists() and path.read_text() for path in pids), 60)
     return runner, [int(path.read_text()) for path in pids]
@@ -176,7 +172,7 @@ def test_nothing_outlives_a_killed_runner(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"Another process works in .*process {runner.pid}"):
         claimed(folder, STUDY, {}, {}).__enter__()
     runner.kill()
-    runner.wait()
+    runner.join()
     wait_for(lambda: not any(map(is_alive, pids)), 5)
     assert (folder / "short.json").exists()
     assert not (folder / "long.json").exists()
@@ -191,11 +187,11 @@ def test_an_interrupted_runner_ends_its_tasks_and_says_what_is_kept(
 ) -> None:
     folder = tmp_path / "output"
     runner, pids = start_runner(folder)
-    runner.send_signal(signum)
-    printed, _ = runner.communicate(timeout=20)
-    # A KeyboardInterrupt that nobody handles ends Python by the signal itself.
-    assert runner.returncode == status
+    os.kill(runner.pid, signum)
+    runner.join(20)
+    assert runner.exitcode == status
     assert not any(map(is_alive, pids))
+    printed = (tmp_path / "stdout").read_text() + (tmp_path / "stderr").read_text()
     assert "Interrupted. 1 of 3 tasks are done, and kept" in printed
 
 

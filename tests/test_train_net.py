@@ -74,20 +74,8 @@ def overrides(folder: Path, output: Path, *more: object) -> list[str]:
     return [str(part) for pair in options.items() for part in pair] + [str(part) for part in more]
 
 
-TOOL = (str(ROOT / "tools" / "train_net.py"),)
-COMMAND = ("-m", "bn_detection", "train")
-
-
-def train_net(
-    *arguments: str, launcher: tuple[str, ...] = (), program: tuple[str, ...] = TOOL
-) -> subprocess.CompletedProcess[str]:
-    if not launcher and program is TOOL:
-        return run_script(*TOOL, *arguments)
-    command = [sys.executable, *launcher, *program, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env=environment, cwd=ROOT
-    )
+def train_net(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_script(ROOT / "tools" / "train_net.py", *arguments)
 
 
 def parse(config: Path | str, opts: list[str], *flags: str):
@@ -116,7 +104,25 @@ def test_train_evaluate_resume_and_evaluate_again(folder: Path, tmp_path: Path) 
     assert "--resume" in again.stderr
 
     options += ["SOLVER.MAX_ITER", "6"]
-    resumed = train_net(*config, "--resume", "--num-gpus", "2", *options, program=COMMAND)
+    # Workers that are started, not forked.
+    command = [
+        sys.executable,
+        "-m",
+        "bn_detection",
+        "train",
+        *config,
+        "--resume",
+        "--num-gpus",
+        "2",
+    ]
+    resumed = subprocess.run(
+        [*command, *options],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+    )
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "Starting training from iteration 4" in resumed.stdout
     after_training = ap(output / "inference" / "results.json")
@@ -131,11 +137,10 @@ def test_train_evaluate_resume_and_evaluate_again(folder: Path, tmp_path: Path) 
 
 @pytest.mark.timeout(200)
 def test_torchrun(folder: Path, tmp_path: Path) -> None:
-    run = train_net(
+    run = run_script(
+        *("-m", "torch.distributed.run", "--nproc-per-node", 2, "-m", "bn_detection", "train"),
         *("--config-file", "quickstart/mask_rcnn_syncbn.yaml"),
         *overrides(folder, tmp_path / "run", "SOLVER.MAX_ITER", 2),
-        launcher=("-m", "torch.distributed.run", "--nproc-per-node", "2"),
-        program=COMMAND,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "World size: 2" in run.stdout
@@ -143,7 +148,8 @@ def test_torchrun(folder: Path, tmp_path: Path) -> None:
 
 
 def trainer(folder: Path, output: Path, config: str = "bn", *more: object) -> Trainer:
-    opts = overrides(folder, output, "SOLVER.IMS_PER_BATCH", 1, *more)
+    narrow = ("MODEL.ROI_BOX_HEAD.CONV_DIM", 32, "MODEL.ROI_BOX_HEAD.FC_DIM", 32)
+    opts = overrides(folder, output, "SOLVER.IMS_PER_BATCH", 1, *narrow, *more)
     cfg = load_config(parse(QUICKSTART / f"mask_rcnn_{config}.yaml", opts))
     register_datasets(cfg)
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import multiprocessing as mp
@@ -11,12 +12,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import torch
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart"
@@ -69,9 +72,10 @@ def run_tool(name: str, *arguments: object) -> Ended:
 def run_script(
     path: str | Path, *arguments: object, timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:
-    """As ``subprocess.run([sys.executable, path, *arguments])`` with one thread.
+    """As ``subprocess.run([sys.executable, path, *arguments])``, or of ``-m``, with one thread.
 
-    Only its start differs: the process is forked where the imports are done.
+    Only starts differ: the process is forked where the imports are done, and so are, from it, the
+    workers that it has torch's agent start.
 
     Raises:
         subprocess.TimeoutExpired: it, and all that it started, is killed.
@@ -102,6 +106,52 @@ def _run_script(argv: list[str], folder: str, files: list[Path]) -> None:
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    sys.argv = argv
-    sys.path.insert(0, os.path.dirname(argv[0]))
-    runpy.run_path(argv[0], run_name="__main__")
+    subprocess_handler.Popen = _ForkedPython
+    try:
+        _be_python(argv)
+    except KeyboardInterrupt:
+        # One that nobody handles ends Python by the signal itself.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+class _ForkedPython(subprocess.Popen[bytes]):
+    """``Popen`` of this Python in a session of its own, forked instead of started."""
+
+    def _execute_child(self, args: tuple[str, ...], *others: object) -> None:
+        self.pid = os.fork()
+        if self.pid:
+            self._child_created = True
+            return
+        status: object = 1
+        try:
+            os.setsid()
+            atexit._clear()  # as it removes the files of the parent
+            for signum in signal.valid_signals():
+                if callable(signal.getsignal(signum)):
+                    signal.signal(signum, signal.SIG_DFL)
+            os.environ.update(others[5])
+            _be_python([arg for arg in args[1:] if arg != "-u"])
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status if isinstance(status, int) else status is not None)
+
+
+def _be_python(argv: list[str]) -> None:
+    """As Python with these arguments, of which the first is ``-c``, ``-m`` or a file."""
+    kind, *arguments = argv
+    if kind == "-c":
+        sys.argv = ["-c", *arguments[1:]]
+        exec(arguments[0], {"__name__": "__main__"})
+    elif kind == "-m":
+        sys.argv = arguments
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = argv
+        sys.path.insert(0, os.path.dirname(kind))
+        runpy.run_path(kind, run_name="__main__")

@@ -32,7 +32,7 @@ def make_images(folder: Path) -> None:
 def build_trainer(
     folder: Path, output: Path, *more: object, config: str = "bn", resume: bool = False
 ) -> Trainer:
-    """A trainer of a quickstart config, with seeded generators, its weights loaded.
+    """A trainer of a quickstart config but for its sizes, generators seeded, weights loaded.
 
     Args:
         folder: of :func:`make_images`.
@@ -52,6 +52,9 @@ def build_trainer(
         "OUTPUT_DIR": output,
         "SOLVER.WARMUP_ITERS": 1,
         "SOLVER.STEPS": (),
+        # A fraction of the time, and the same layers.
+        "MODEL.ROI_BOX_HEAD.CONV_DIM": 32,
+        "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
     }
     values = [str(part) for pair in options.items() for part in pair] + [str(m) for m in more]
     path = QUICKSTART / f"mask_rcnn_{config}.yaml"
