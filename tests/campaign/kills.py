@@ -173,7 +173,9 @@ def _start(line: list[str], mark: str) -> subprocess.Popen[str]:
 def _works(pid: int) -> bool:
     """Whether it is a worker or its loader, and not what Python starts beside."""
     try:
-        return any("spawn_main" in part for part in psutil.Process(pid).cmdline())
+        process = psutil.Process(pid)
+        beside = any("resource_tracker" in part for part in process.cmdline())
+        return "LOCAL_RANK" in process.environ() and not beside
     except psutil.Error:
         return False
 
