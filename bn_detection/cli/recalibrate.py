@@ -25,6 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.pth",
         help="the new checkpoint; what changed goes to FILE.json beside it",
     )
+    parser.add_argument(
+        "--mix",
+        metavar="ALPHA",
+        help="for few images: (1 - ALPHA) times the statistics that there are plus ALPHA times the "
+        "new ones, of FrozenBN layers too; auto: ALPHA = n / (n + 16) from n images",
+    )
+    parser.add_argument(
+        "--keep-if-better",
+        action="store_true",
+        help="evaluate on DATASETS.TEST before and after, and write the statistics with more AP",
+    )
     images = parser.add_mutually_exclusive_group()
     images.add_argument("--dataset", metavar="NAME", help="instead of DATASETS.TRAIN")
     images.add_argument(
