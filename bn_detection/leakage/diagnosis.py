@@ -133,7 +133,9 @@ def _paragraph(first: str, text: str) -> str:
 
 
 def _finding(number: int, finding: Finding) -> str:
-    lines = [_paragraph(f"{number}. {finding.id}: ", finding.title)]
+    lines = [_paragraph(f"{number}. {finding.id}: ", finding.headline)]
+    if finding.symptom:
+        lines.append(_paragraph("   ", finding.title))
     if finding.cost is not None:
         lines.append(f"   Likely cost: {finding.cost.text(1)} points of box AP")
     lines += [f"   - {item.text}" for item in finding.evidence]

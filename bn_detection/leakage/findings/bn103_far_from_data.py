@@ -18,6 +18,7 @@ _BOX = ("roi_heads.box_head.", "roi_heads.box_predictor.")
 
 @register_finding(
     "BN103",
+    symptom="Good in train(), bad in eval(); or the AP jumps from one evaluation to the next.",
     measures="EMA to precise, of layers that normalize with their batch in training",
     threshold=0.25,
     unit="standard deviations",

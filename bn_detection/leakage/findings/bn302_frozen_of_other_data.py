@@ -9,6 +9,7 @@ from .rules import Found, Rule, configured_rules, register_finding
 
 @register_finding(
     "BN302",
+    symptom="Low AP on images unlike those of the pretraining.",
     measures="EMA to precise, of frozen layers, whose statistics were those of training too",
     threshold=1.0,
     unit="standard deviations",
