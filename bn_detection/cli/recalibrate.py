@@ -1,5 +1,7 @@
 """Estimate the population statistics of a checkpoint anew, and write another checkpoint.
 
+There are as many workers as in the training, if versions.json beside the checkpoint names their
+number; --num-gpus chooses another.
 On images without labels: --images photos/night, with BN.POPULATION.ROIS inference at the end.
 """
 
@@ -19,6 +21,7 @@ EXAMPLE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     add_training_flags(parser)
+    parser.set_defaults(num_gpus=None)
     parser.add_argument(
         "--output",
         required=True,
@@ -49,4 +52,5 @@ def run(args: argparse.Namespace) -> None:
     """Launch the workers."""
     from .. import engine
 
+    engine.choose_workers(args)
     engine.run(engine.recalibrate, args, engine.preflight_recalibration)

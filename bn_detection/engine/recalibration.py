@@ -44,11 +44,47 @@ from .checks import check_recalibration
 from .comparison import Comparison, check_comparison, evaluate_ap
 from .rehearsal import rehearse
 from .setup import begin, installed_versions, load_config, register_datasets
+from .trained import trained_workers, versions_path
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 _ROWS_SHOWN = 12
+
+
+def choose_workers(args: argparse.Namespace) -> None:
+    """Without ``--num-gpus``, take the workers of the training, where this machine has room.
+
+    ``args.num_gpus`` becomes a number, and ``args.about_workers`` says why where it was not given.
+
+    Args:
+        args: of ``bn-detection recalibrate``.
+
+    Raises:
+        ConfigError: the config cannot be read.
+    """
+    if args.num_gpus is not None:
+        args.about_workers = getattr(args, "about_workers", "")
+        return
+    args.num_gpus, args.about_workers = 1, ""
+    if "WORLD_SIZE" in os.environ or args.num_machines > 1:
+        return
+    cfg = _load_config(args)
+    workers = trained_workers(cfg.MODEL.WEIGHTS)
+    if workers is None or workers == 1:
+        return
+    on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda" and torch.cuda.is_available()
+    room = torch.cuda.device_count() if on_gpu else os.cpu_count() or 1
+    node, said_by = cfg.BN.POPULATION, versions_path(cfg.MODEL.WEIGHTS)
+    batch_size = node.BATCH_SIZE or cfg.SOLVER.IMS_PER_BATCH
+    if workers <= room and batch_size % workers == 0 and node.ESTIMATOR != "fvcore":
+        args.num_gpus = workers
+        args.about_workers = f"{workers} workers, as the training had ({said_by})."
+    else:
+        args.about_workers = (
+            f"One worker, though the training had {workers} ({said_by}): its normalization batches "
+            f"have {batch_size} images. BN.VIRTUAL_WORKERS {workers} normalizes as they did."
+        )
 
 
 def preflight_recalibration(args: argparse.Namespace) -> str:
@@ -75,6 +111,7 @@ def preflight_recalibration(args: argparse.Namespace) -> str:
     for path in (output, _record_path(output)):
         if path.exists():
             raise ConfigError(f"--output {output}: {path} exists; give another name.")
+    choose_workers(args)
     cfg = _load_config(args)
     _check_mix(args.mix, cfg)
     num_workers = int(os.environ.get("WORLD_SIZE", args.num_gpus * args.num_machines))
@@ -104,7 +141,9 @@ def recalibrate(args: argparse.Namespace) -> None:
         ConfigError: no layer is selected; the weights do not fit the model; the images have no
             labels or cannot be read; or a layer saw values that are not finite. Nothing is written.
     """
-    cfg = begin(_load_config(args), args, _folder(args))
+    cfg = begin(_load_config(args), args, _folder(args), quiet=True)
+    if args.about_workers:
+        logger.info("%s", args.about_workers)
     model = Trainer.build_model(cfg).train()
     layers = batch_norms_in_training(model, cfg.BN.MODULES)
     if args.mix:
