@@ -50,7 +50,6 @@ def test_the_terminal_gets_the_answer_and_the_file_the_rest(
         "Running with full config",
         "Environment info",
         "ANCHOR_GENERATOR",
-        "standard error ",
     ):
         assert part not in printed
         assert part in log
@@ -68,7 +67,9 @@ def test_layers_with_a_batch_come_before_frozen_ones() -> None:
     names = [line.split()[0] for line in lines if line.startswith(("head.", "backbone."))]
     assert names == ["head.a", "head.b", *(x.name for x in frozen[:13])]
     assert lines[-1] == "... and 7 more layers (7 frozen), in the JSON and the page"
-    drawn = page(Diagnosis({"weights": ""}, [*frozen * 3, *trained], None, [], [], []))
+    drawn = page(
+        Diagnosis({"weights": "", "versions": {}}, [*frozen * 3, *trained], None, [], [], [])
+    )
     assert "head.a: EMA 0.10" in drawn
 
 
