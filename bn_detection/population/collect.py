@@ -61,7 +61,7 @@ def collect_statistics(
     The batches of all workers are merged exactly, in float64 (Chan et al. 1979) and one collective,
     so all hold the same bits; fvcore's leaves each worker with its own (fvcore issue 152).
 
-    The log has a line a layer, and a warning for each that rests on too few samples.
+    The log has a line a layer, and a warning if some rest on too few samples.
 
     Args:
         model: its BN layers in training mode take part. Normalization is that of training, and the
@@ -182,32 +182,38 @@ def _checks(num_batches: int) -> Iterator[int]:
 
 
 def _report(results: dict[str, PopulationStatistics], images: int, tolerance: float) -> None:
-    """A line a layer; layers of too few samples, and how many they need, as warnings."""
+    """A line a layer; warnings name the least certain layer, and what it needs."""
+
+    def more(layers: list[str]) -> str:
+        number = len(layers) - 1
+        return f" So it is with {number} more layer{'s' if number > 1 else ''}." if number else ""
 
     def needed(error: float, wanted: float) -> int:
         return math.ceil(images * (error / wanted) ** 2)
 
     errors = {name: r.relative_error for name, r in results.items() if r.count > 1}
+    unknown = [name for name, error in errors.items() if math.isnan(error)]
+    few = sorted((n for n, e in errors.items() if e > _LARGE_ERROR), key=lambda n: -errors[n])
     for name, error in errors.items():
-        count = results[name].count
-        if math.isnan(error):
-            logger.warning(
-                "%s: population statistics of %d values of one batch, so their standard error is "
-                "unknown.",
-                name,
-                count,
+        if name not in unknown:
+            logger.info(
+                "%s: population statistics of %d values, standard error %.2f %%",
+                *(name, results[name].count, 100 * error),
             )
-            continue
-        logger.info(
-            "%s: population statistics of %d values, standard error %.2f %%",
-            *(name, count, 100 * error),
+    if unknown:
+        logger.warning(
+            "%s: population statistics of %d values of one batch, so their standard error is "
+            "unknown.%s",
+            *(unknown[0], results[unknown[0]].count, more(unknown)),
         )
-        if error > _LARGE_ERROR:
-            logger.warning(
-                "%s: its population statistics rest on too few samples: %d images give a standard "
-                "error of %.1f %%, about %d would give %.0f %%.",
-                *(name, images, 100 * error, needed(error, _LARGE_ERROR), 100 * _LARGE_ERROR),
-            )
+    if few:
+        error = errors[few[0]]
+        logger.warning(
+            "%s: its population statistics rest on too few samples: %d images give a standard "
+            "error of %.1f %%, about %d would give %.0f %%.%s",
+            *(few[0], images, 100 * error, needed(error, _LARGE_ERROR), 100 * _LARGE_ERROR),
+            more(few),
+        )
     worst = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]), default=None)
     if tolerance <= 0 or worst is None:
         return
