@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, DatasetMapper
 from test_recalibrate import CONFIG, INFERENCE, arguments, config, data, load, model_of, run
 from test_train_net import ROOT
 from tooling import run_script
@@ -16,7 +17,7 @@ from torch import Tensor
 from bn_detection import ConfigError
 from bn_detection.engine import comparison
 from bn_detection.engine.comparison import Comparison
-from bn_detection.population import PRIOR
+from bn_detection.population import PRIOR, OnlineStatistics
 
 __all__ = ["data"]
 
@@ -78,6 +79,25 @@ def test_frozen_layers_are_mixed_without_conversion(data: Path, tmp_path: Path) 
         assert torch.allclose(mixed[key], bn[key], rtol=1e-4, atol=1e-5), key
     record = json.loads((tmp_path / "mixed.json").read_text())
     assert record["layers"][NAME]["change_of_mean"] > 0
+
+
+def test_a_stream_in_one_forward_is_a_recalibration(data: Path, tmp_path: Path) -> None:
+    """Without a prior the first layer, before which both are the same, is the same."""
+    first = "roi_heads.box_head.conv1.norm"
+    run(data, tmp_path / "new.pth", *INFERENCE, "BN.POPULATION.BATCH_SIZE", IMAGES)
+    model = model_of(data, tmp_path)
+    model.load_state_dict(load(data / "weights.pth"))
+    cfg = config(data, tmp_path)
+    mapper = DatasetMapper(cfg, False)
+    images = [mapper(record) for record in DatasetCatalog.get(cfg.DATASETS.TRAIN[0])]
+    with OnlineStatistics(model.eval(), ["roi_heads.*"], prior=0) as online:
+        model(images)
+        assert online.images == IMAGES
+        for kind in ("running_mean", "running_var"):
+            key = f"{first}.{kind}"
+            new, found = load(tmp_path / "new.pth")[key], model.state_dict()[key]
+            assert torch.allclose(found, new, rtol=1e-4, atol=1e-6), kind
+    assert not changed(load(data / "weights.pth"), model.state_dict())
 
 
 @pytest.mark.parametrize(("after", "kept"), [(31.0, "new"), (30.0, "old"), (29.0, "old")])
