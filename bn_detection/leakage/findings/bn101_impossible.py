@@ -27,5 +27,5 @@ def impossible(examined: Examined, rule: Rule) -> Found:
                 for layer in layers[:SHOWN]
             ],
             of_population(examined, layers),
-            "Estimate them anew; tools/recalibrate.py does it without training.",
+            "Estimate them anew; bn-detection recalibrate does it without training.",
         )

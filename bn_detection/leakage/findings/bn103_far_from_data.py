@@ -55,7 +55,8 @@ def far_from_data(examined: Examined, rule: Rule) -> Found:
             distances(far, "ema_to_precise"),
             of_population(examined, far),
             "Estimate the population statistics anew at each evaluation, and at the end of the "
-            "next training. For this checkpoint, tools/recalibrate.py does it without training.",
+            "next training. For this checkpoint, bn-detection recalibrate --keep-if-better does it "
+            "without training.",
             cost=_cost(examined, far),
         )
 
