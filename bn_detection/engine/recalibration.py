@@ -44,7 +44,7 @@ from .checks import check_recalibration
 from .comparison import Comparison, check_comparison, evaluate_ap
 from .rehearsal import rehearse
 from .setup import begin, installed_versions, load_config, register_datasets
-from .trained import trained_workers, versions_path
+from .trained import workers_to_start
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -69,22 +69,7 @@ def choose_workers(args: argparse.Namespace) -> None:
     args.num_gpus, args.about_workers = 1, ""
     if "WORLD_SIZE" in os.environ or args.num_machines > 1:
         return
-    cfg = _load_config(args)
-    workers = trained_workers(cfg.MODEL.WEIGHTS)
-    if workers is None or workers == 1:
-        return
-    on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda" and torch.cuda.is_available()
-    room = torch.cuda.device_count() if on_gpu else os.cpu_count() or 1
-    node, said_by = cfg.BN.POPULATION, versions_path(cfg.MODEL.WEIGHTS)
-    batch_size = node.BATCH_SIZE or cfg.SOLVER.IMS_PER_BATCH
-    if workers <= room and batch_size % workers == 0 and node.ESTIMATOR != "fvcore":
-        args.num_gpus = workers
-        args.about_workers = f"{workers} workers, as the training had ({said_by})."
-    else:
-        args.about_workers = (
-            f"One worker, though the training had {workers} ({said_by}): its normalization batches "
-            f"have {batch_size} images. BN.VIRTUAL_WORKERS {workers} normalizes as they did."
-        )
+    args.num_gpus, args.about_workers = workers_to_start(_load_config(args))
 
 
 def preflight_recalibration(args: argparse.Namespace) -> str:

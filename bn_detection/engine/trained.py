@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
+from detectron2.config import CfgNode
 
 VERSIONS_NAME = "versions.json"
 
@@ -36,6 +40,31 @@ def workers_of_training(given: int | None, weights: str) -> Workers:
     if found is None:
         return Workers(1, "assumed, as nothing beside the checkpoint says it")
     return Workers(found, str(versions_path(weights)))
+
+
+def workers_to_start(cfg: CfgNode) -> tuple[int, str]:
+    """As many workers as the training of MODEL.WEIGHTS had, where this machine has room; else 1.
+
+    Args:
+        cfg: of a recalibration, whose batches are divided among the workers.
+
+    Returns:
+        Their number, and why, for people; "" where nothing says how many the training had.
+    """
+    weights, node = cfg.MODEL.WEIGHTS, cfg.BN.POPULATION
+    workers = trained_workers(weights)
+    if workers is None or workers == 1:
+        return 1, ""
+    on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda" and torch.cuda.is_available()
+    room = torch.cuda.device_count() if on_gpu else os.cpu_count() or 1
+    batch_size = node.BATCH_SIZE or cfg.SOLVER.IMS_PER_BATCH
+    said_by = versions_path(weights)
+    if workers <= room and batch_size % workers == 0 and node.ESTIMATOR != "fvcore":
+        return workers, f"{workers} workers, as the training had ({said_by})."
+    return 1, (
+        f"One worker, though the training had {workers} ({said_by}): its normalization batches "
+        f"have {batch_size} images. BN.VIRTUAL_WORKERS {workers} normalizes as they did."
+    )
 
 
 def trained_workers(weights: str) -> int | None:
