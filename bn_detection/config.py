@@ -116,7 +116,8 @@ def add_bn_detection_config(cfg: CfgNode) -> None:
     # Images of DATASETS.TEST that it uses, random ones; 0 for all.
     cfg.BN.LEAKAGE.NUM_IMAGES = 0
     # Images of a worker (or virtual worker) in training, which share the batch of the mode "own
-    # worker"; 0 for SOLVER.IMS_PER_BATCH over BN.VIRTUAL_WORKERS (then --num-gpus).
+    # worker"; 0 for SOLVER.IMS_PER_BATCH over BN.VIRTUAL_WORKERS (then --num-gpus, then the workers
+    # that versions.json beside the checkpoint names).
     cfg.BN.LEAKAGE.IMAGES_PER_WORKER = 0
     # Images whose RoIs are shuffled together; at least those of 8 workers.
     cfg.BN.LEAKAGE.SHUFFLED_IMAGES = 8
@@ -157,7 +158,8 @@ def add_bn_detection_config(cfg: CfgNode) -> None:
     cfg.BN.RENORM.SCALE_TO_MAX_ITER = False
 
     # COCO-format datasets to register: [[name, annotations.json, image root], ...]. The names can
-    # then be used in DATASETS.TRAIN and DATASETS.TEST.
+    # then be used in DATASETS.TRAIN and DATASETS.TEST. Relative paths are those of the config file;
+    # if they are not there, of the working directory.
     cfg.DATASETS.COCO_JSON = []
 
     # Keypoints of DATASETS.COCO_JSON that change places in a mirror, [[left, right], ...] by name;

@@ -410,6 +410,12 @@ def test_too_few_samples_are_named(caplog: pytest.LogCaptureFixture) -> None:
     collect_statistics(model, [torch.randn(2, CHANNELS, 1, 1) for _ in range(8)], 8)
     assert "0: its population statistics rest on too few samples: 16 images" in caplog.text
     caplog.clear()
+    deep = nn.Sequential(*(nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.ReLU()) for _ in range(4)))
+    collect_statistics(deep, [torch.randn(3, CHANNELS, 1, 1) for _ in range(8)], 8)
+    (line,) = caplog.messages  # the layer that needs most
+    assert "rest on too few samples" in line
+    assert line.endswith("So it is with 1 more layer.")
+    caplog.clear()
     collect_statistics(model, [torch.randn(2, CHANNELS, 4, 4)], 1)
     assert "0: population statistics of 32 values of one batch" in caplog.text
     caplog.clear()

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 from pathlib import Path
 
 import pytest
 
 from bn_detection.config import ConfigError
+from bn_detection.engine import check_config, load_config
+from bn_detection.leakage import images_per_worker
 from bn_detection.study.matrix import plan
 from bn_detection.study.study_file import read_study
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STUDIES = CONFIGS / "studies"
-NAMES = ("domain", "frozen", "inference", "leakage", "levels", "momentum", "population", "renorm")
+NAMES = (
+    "domain",
+    "frozen",
+    "images",
+    "inference",
+    "leakage",
+    "levels",
+    "momentum",
+    "population",
+    "renorm",
+)
 RUN = f"{{config: {CONFIGS / 'quickstart' / 'mask_rcnn_bn.yaml'}}}"
 
 
@@ -43,6 +57,43 @@ def test_both_forms_of_a_study_ask_the_same(name: str) -> None:
         assert small.baseline == large.baseline
     if name != "population":
         assert list(small.evaluations) == list(large.evaluations)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize(("head", "norm"), [("bn", "BN"), ("shuffle", "ShuffleBN")])
+def test_configs_of_tables_3_and_6(head: str, norm: str, images: int) -> None:
+    """Each has the batch of the paper, on any number of processes that divides its workers."""
+    name = f"mask_rcnn_{head}_{images}_image{'s' if images > 1 else ''}.yaml"
+    for folder, total in ((CONFIGS, 16), (CONFIGS / "quickstart", 4)):
+        args = argparse.Namespace(config_file=str(folder / name), opts=[])
+        cfg = load_config(args)
+        assert total == cfg.SOLVER.IMS_PER_BATCH
+        assert cfg.BN.VIRTUAL_WORKERS * images == total
+        assert cfg.MODEL.ROI_BOX_HEAD.NORM == cfg.MODEL.ROI_MASK_HEAD.NORM == norm
+        for processes in (1, 2, total // images):
+            check_config(cfg, num_workers=processes, eval_only=False, resume=False)
+            assert images_per_worker(cfg, processes) == images
+        plain = argparse.Namespace(config_file=str(folder / f"mask_rcnn_{head}.yaml"), opts=[])
+        other = load_config(plain)
+        other.SOLVER.IMS_PER_BATCH = total
+        other.BN.VIRTUAL_WORKERS, other.BN.VIRTUAL_LOSSES = total // images, True
+        assert cfg == other
+
+
+def test_the_page_of_the_papers_tables() -> None:
+    """Its configs are there in both forms; what it says came out here is in the results."""
+    docs = CONFIGS.parent / "docs"
+    text, results = ((docs / name).read_text() for name in ("paper.md", "results.md"))
+    names = set(re.findall(r"`((?:mask_rcnn|retinanet)_\w+\.yaml)`", text))
+    assert len(names) == 15
+    for name in names:
+        assert (CONFIGS / name).exists()
+        assert (CONFIGS / "quickstart" / name).exists()
+    tables = re.findall(r"^\|[^\n]*, ours \|\n\|[-: |]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    rows = [line.split("|")[-2].strip() for table in tables for line in table.splitlines()]
+    assert len(rows) == 9 + 8
+    for ours in filter(None, rows):
+        assert f"| {ours} " in results, ours
 
 
 @pytest.mark.parametrize("path", sorted(STUDIES.rglob("*.yaml")))

@@ -200,9 +200,13 @@ def test_each_finding_is_documented() -> None:
     text = PAGE.read_text()
     sections = dict(re.findall(r"^### (\w+)\n\n(.*?)(?=^##|\Z)", text, re.MULTILINE | re.DOTALL))
     assert list(sections) == list(configured_rules(config()))
+    tutorial = (PAGE.parent / "tutorial.md").read_text()
     for rule in configured_rules(config()).values():
+        assert (rule.symptom != "") == (rule.severity == "finding")
+        assert sections[rule.id].startswith(f"*{rule.symptom}*" if rule.symptom else "")
+        assert not rule.symptom or f"(diagnosis.md#{rule.id.lower()})" in tutorial
         assert rule.docs == f"docs/diagnosis.md#{rule.id.lower()}"
-        assert f"({rule.severity})" in sections[rule.id].splitlines()[0]
+        assert f"({rule.severity})" in "".join(sections[rule.id].splitlines()[:2])
         threshold = f"{rule.threshold:g} {rule.unit}".replace("1 points", "1 point")
         section = " ".join(sections[rule.id].split())
         assert rule.unit == "" or threshold.removesuffix("s") in section, threshold
@@ -258,7 +262,7 @@ def test_schema_of_the_json(diagnosis: Diagnosis) -> None:
     for item in (*content["findings"], *content["notes"]):
         assert set(item) == {
             *("id", "severity", "docs", "title", "layers", "evidence", "fix", "advice", "cost"),
-            "yaml",
+            *("yaml", "symptom"),
         }
     leak = content["findings"][0]
     assert leak["severity"] == "finding"
@@ -291,6 +295,10 @@ def test_all_is_said_in_every_form(diagnosis: Diagnosis, style: str) -> None:
     for finding in (*diagnosis.findings, *diagnosis.notes):
         assert finding.id in shown
         assert " ".join(finding.title.split()) in shown
+        assert finding.symptom in shown
+        # What users see comes first.
+        title = " ".join(finding.title.split())
+        assert style == "json" or shown.index(finding.headline) <= shown.index(title)
     for part in ("docs/diagnosis.md#bn201", "points better with", "ESTIMATOR: pooled", "Freeze"):
         assert part in shown
     assert ("a &lt;reason&gt;" if style == "junit" else "a <reason>") in shown

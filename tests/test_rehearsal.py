@@ -17,6 +17,7 @@ from bn_detection.engine import argument_parser, check_config, load_config
 from bn_detection.engine.rehearsal import rehearse
 from bn_detection.engine.values import check_values
 from bn_detection.study.matrix import plan
+from bn_detection.study.runner import run_study
 from bn_detection.study.study_file import read_study
 
 
@@ -164,6 +165,26 @@ def test_a_dry_run_notices_what_is_not_registered(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match=r'run a: MODEL.BACKBONE.NAME "Mine".*--import'):
         plan(read_study(study), tmp_path / "out", {})
+
+
+def test_a_dry_run_notices_a_backbone_of_ones_own_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_backbones.py").write_text(
+        "from detectron2.modeling import BACKBONE_REGISTRY\n"
+        "from bn_detection.heads.backbone import SmallConvBackbone\n\n\n"
+        "@BACKBONE_REGISTRY.register()\nclass Failing(SmallConvBackbone):\n"
+        "    def forward(self, x):\n        return {'p9': super().forward(x)['p2']}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    Path("study.yaml").write_text(
+        f"about: x\noverrides: {{MODEL.BACKBONE.NAME: Failing}}\n"
+        f"runs: {{a: {{config: {QUICKSTART / 'mask_rcnn_bn.yaml'}}}}}\nevaluations: {{a: }}\n"
+    )
+    given = {"imports": ["own_backbones"], "dry_run": True}
+    with pytest.raises(ConfigError, match=r"run a: .*a step of training fails: KeyError: 'p2'"):
+        run_study(Path("study.yaml"), tmp_path / "out", **given)
+    (tmp_path / "own_backbones.py").unlink()
 
 
 def test_a_tool_ends_with_one_line(tmp_path: Path) -> None:

@@ -48,6 +48,9 @@ LEVELS = {
     "shared_separate": ("shared", "separate"),
     "separate_shared": ("separate", "shared"),
     "separate": ("separate", "separate"),
+    # With affine parameters for each level.
+    "separate_shared_affine": ("separate", "shared"),
+    "separate_affine": ("separate", "separate"),
 }
 
 
@@ -204,7 +207,8 @@ def test_full_size_retinanet_configs_are_detectron2s(kind: str) -> None:
         assert config.MODEL.META_ARCHITECTURE == "BNRetinaNet"
         assert config.MODEL.RETINANET.pop("NORM") == {"none": "", "gn": "GN"}.get(kind, "SyncBN")
         chosen = {k: config.BN.LEVELS[k] for k in ("TRAIN", "POPULATION", "AFFINE")}
-        assert tuple(chosen.values()) == (*LEVELS.get(kind, ("separate", "separate")), "shared")
+        affine = "separate" if kind.endswith("_affine") else "shared"
+        assert tuple(chosen.values()) == (*LEVELS.get(kind, ("separate", "separate")), affine)
         # Only row 2 has running statistics that are not of how inference normalizes.
         estimator = "pooled" if kind == "shared_separate" else "ema"
         assert estimator == config.BN.POPULATION.ESTIMATOR

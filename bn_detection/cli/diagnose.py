@@ -14,7 +14,7 @@ FORMATS = ("text", "json", "markdown", "junit")
 FAIL_ON = ("finding", "note", "never")
 EXAMPLE = (
     "bn-detection demo\n"
-    "  bn-detection diagnose --config-file output/demo/BN/config.yaml --num-gpus 2 --quick \\\n"
+    "  bn-detection diagnose --config-file output/demo/BN/config.yaml --quick \\\n"
     "    MODEL.WEIGHTS output/demo/BN/model_final.pth"
 )
 
@@ -32,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-gpus",
         type=int,
-        default=1,
         dest="workers",
         metavar="W",
-        help="workers of the training; the diagnosis itself runs in one process",
+        help="workers of the training; default: those that versions.json beside the checkpoint "
+        "names, else 1. The diagnosis itself runs in one process",
     )
     parser.add_argument("--output-dir", help="default: OUTPUT_DIR/diagnosis_<checkpoint>")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier diagnosis")

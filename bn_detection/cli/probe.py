@@ -1,4 +1,8 @@
-"""Measure what leaks between RoIs through the normalization batches of a detector's heads."""
+"""Measure what leaks between RoIs through the normalization batches of a detector's heads.
+
+How many images a worker of the training had follows from versions.json beside the checkpoint, or
+is BN.LEAKAGE.IMAGES_PER_WORKER.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from ..command_line import add_common_flags, add_overrides
 EXAMPLE = (
     "bn-detection demo\n"
     "  bn-detection probe --config-file output/demo/BN/config.yaml --output output/probe.json \\\n"
-    "    MODEL.WEIGHTS output/demo/BN/model_final.pth BN.LEAKAGE.IMAGES_PER_WORKER 1"
+    "    MODEL.WEIGHTS output/demo/BN/model_final.pth"
 )
 
 

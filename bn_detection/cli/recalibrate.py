@@ -1,5 +1,7 @@
 """Estimate the population statistics of a checkpoint anew, and write another checkpoint.
 
+There are as many workers as in the training, if versions.json beside the checkpoint names their
+number; --num-gpus chooses another.
 On images without labels: --images photos/night, with BN.POPULATION.ROIS inference at the end.
 """
 
@@ -19,11 +21,23 @@ EXAMPLE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     add_training_flags(parser)
+    parser.set_defaults(num_gpus=None)
     parser.add_argument(
         "--output",
         required=True,
         metavar="FILE.pth",
         help="the new checkpoint; what changed goes to FILE.json beside it",
+    )
+    parser.add_argument(
+        "--mix",
+        metavar="ALPHA",
+        help="for few images: (1 - ALPHA) times the statistics that there are plus ALPHA times the "
+        "new ones, of FrozenBN layers too; auto: ALPHA = n / (n + 16) from n images",
+    )
+    parser.add_argument(
+        "--keep-if-better",
+        action="store_true",
+        help="evaluate on DATASETS.TEST before and after, and write the statistics with more AP",
     )
     images = parser.add_mutually_exclusive_group()
     images.add_argument("--dataset", metavar="NAME", help="instead of DATASETS.TRAIN")
@@ -38,4 +52,5 @@ def run(args: argparse.Namespace) -> None:
     """Launch the workers."""
     from .. import engine
 
+    engine.choose_workers(args)
     engine.run(engine.recalibrate, args, engine.preflight_recalibration)

@@ -15,6 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..config import ConfigError
 from .coco_content import evaluation_problems, load_coco, read_coco
+from .coco_paths import absolute
 from .records import (
     check_classes_agree,
     check_first_images,
@@ -69,7 +70,8 @@ def register_coco_json(entries: Sequence[Sequence[str]]) -> None:
 
     Args:
         entries: ``[name, annotations, image root]`` each. ``~`` and environment variables are
-            expanded; relative paths are relative to the working directory.
+            expanded; relative paths are relative to the working directory. (The command line tools
+            have made those of a config file relative to it, by :func:`beside_config`.)
 
     Raises:
         ConfigError: an entry is malformed, its annotations or image root do not exist, or its name
@@ -98,19 +100,25 @@ def read_coco_json(entries: Sequence[Sequence[str]]) -> Iterator[tuple[str, str,
                 f"{_KEY}: the entry {entry!r} is malformed; {_EXPECTED}, all strings."
             )
         name = entry[0]
-        json_file, image_root = (
-            os.path.abspath(os.path.expanduser(os.path.expandvars(path))) for path in entry[1:]
-        )
+        json_file, image_root = map(absolute, entry[1:])
         where = f'{_KEY}: dataset "{name}"'
         if not os.path.isfile(json_file):
             raise ConfigError(
-                f"{where}: the annotations {json_file} do not exist (or are no file)."
+                f"{where}: the annotations {json_file} do not exist (or are no file). {_looked()}"
             )
         if not os.path.isdir(image_root):
             raise ConfigError(
-                f"{where}: the image root {image_root} does not exist (or is no folder)."
+                f"{where}: the image root {image_root} does not exist (or is no folder). "
+                f"{_looked()}"
             )
         yield name, json_file, image_root
+
+
+def _looked() -> str:
+    return (
+        "A relative path of a config file is looked for beside it, then in the working directory, "
+        f"{os.getcwd()}."
+    )
 
 
 def _register(name: str, json_file: str, image_root: str) -> None:

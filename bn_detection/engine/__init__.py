@@ -7,7 +7,7 @@ from .checks import check_config
 from .diagnosis import diagnose, preflight_diagnosis
 from .evaluation import COCOEvaluator, build_evaluator
 from .probing import preflight_probe, probe
-from .recalibration import preflight_recalibration, recalibrate
+from .recalibration import choose_workers, preflight_recalibration, recalibrate
 from .setup import load_config, preflight, setup
 from .trainer import Trainer, evaluate, train
 
@@ -20,6 +20,7 @@ __all__ = [
     "argument_parser",
     "build_evaluator",
     "check_config",
+    "choose_workers",
     "diagnose",
     "evaluate",
     "launch",

@@ -15,6 +15,7 @@ from fvcore.common import config as fvcore_config
 from fvcore.common.config import BASE_KEY
 
 from ..config import ConfigError, one_line
+from ..data.coco_paths import beside_config
 from ..substitutes import substituted
 from ..yaml_files import DataLoader, load, reading_yaml
 
@@ -31,7 +32,8 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
     """Merge a YAML config file with its ``_BASE_`` files into ``cfg``, in place.
 
     The files are data: a tag that would run code (``!!python/...``), which Detectron2 obeys, is
-    refused; the arithmetic of Detectron2's model zoo is computed.
+    refused; the arithmetic of Detectron2's model zoo is computed. Relative paths in
+    DATASETS.COCO_JSON are relative to the file that has them.
 
     Args:
         cfg: with all the keys that the file may have.
@@ -51,6 +53,9 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
             cfg.merge_from_file(path, allow_unsafe=False)
     except _OF_MERGING as error:
         raise ConfigError(f"{name}{_where(error, files)}: {_reason(error)}") from error
+    owner = next((file for file in files if "DATASETS.COCO_JSON" in file.lines), None)
+    if owner is not None:
+        cfg.DATASETS.COCO_JSON = beside_config(cfg.DATASETS.COCO_JSON, owner.path)
 
 
 def read_config_file(path: str) -> dict[str, Any]:

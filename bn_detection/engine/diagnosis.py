@@ -39,6 +39,7 @@ from .checks import check_config
 from .config_files import read_config_file
 from .rehearsal import rehearse
 from .setup import begin, installed_versions, load_config, register_datasets
+from .trained import workers_of_training
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -65,13 +66,13 @@ def preflight_diagnosis(args: argparse.Namespace) -> str:
     Raises:
         ConfigError: names the key or flag, its value, and what would be right.
     """
-    if args.workers < 1:
+    if args.workers is not None and args.workers < 1:
         raise ConfigError(f"--num-gpus {args.workers}: the training had at least 1 worker.")
     if args.images is not None and args.images < 1:
         raise ConfigError(f"--images {args.images}: at least 1 is needed.")
     cfg = _load_config(args)
     check_config(cfg, num_workers=1, eval_only=True, resume=False)
-    images_per_worker(cfg, args.workers)
+    images_per_worker(cfg, workers_of_training(args.workers, cfg.MODEL.WEIGHTS).number)
     configured_rules(cfg)
     folder = Path(cfg.OUTPUT_DIR)
     for name in (JSON_NAME, PAGE_NAME):
@@ -120,10 +121,15 @@ def diagnose(args: argparse.Namespace) -> int:
 def _diagnose(args: argparse.Namespace) -> tuple[Diagnosis, dict[str, Rule]]:
     """Measure, conclude, and write both files."""
     start = time.monotonic()
-    cfg = begin(_load_config(args), args, args.folder)
+    cfg = begin(_load_config(args), args, args.folder, quiet=True)
     of_this_project = _uses_project(find_config(args.config_file))
-    workers = cfg.BN.VIRTUAL_WORKERS or args.workers
-    per_worker = images_per_worker(cfg, args.workers)
+    trained = workers_of_training(args.workers, cfg.MODEL.WEIGHTS)
+    workers = cfg.BN.VIRTUAL_WORKERS or trained.number
+    per_worker = images_per_worker(cfg, trained.number)
+    logger.info(
+        "Workers of the training: %d (%s; --num-gpus says otherwise), images a worker: %d.",
+        *(workers, "BN.VIRTUAL_WORKERS" if cfg.BN.VIRTUAL_WORKERS else trained.source, per_worker),
+    )
     left_out: list[str] = []
     model, batch_size, measured = _build_model(cfg, workers, per_worker)
     check_trained_classes(
@@ -238,7 +244,7 @@ class _Batches:
     """Batches of the images of DATASETS.TRAIN, of one orientation where training has them so.
 
     Attributes:
-        number: of batches, if there are as many.
+        number: of batches, at most; of two orientations the images may fill one less.
         images: used so far.
     """
 
@@ -254,6 +260,10 @@ class _Batches:
             num_images=self.number * size + (size - 1 if self._grouped else 0),
             batch_size=1 if self._grouped else size,
             seed=max(cfg.SEED, 0),
+        )
+        there = self._loader.num_images
+        self.number = min(
+            self.number, max(there // size if self._grouped else -(-there // size), 1)
         )
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:

@@ -12,11 +12,12 @@ from detectron2.config import CfgNode
 from ..config import ConfigError
 from ..data import check_dataset_files, check_trained_classes
 from ..files import make_folder, replacing
-from ..leakage import check_probe_config, measure_leakage
+from ..leakage import check_probe_config, images_per_worker, measure_leakage
 from .checkpoint import StrictCheckpointer
 from .checks import check_config
 from .rehearsal import rehearse
 from .setup import begin, load_config, register_datasets
+from .trained import workers_of_training
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ def preflight_probe(args: argparse.Namespace) -> str:
         raise ConfigError(f"--output {output} exists; give another name.")
     cfg = _load_config(args)
     check_probing(cfg)
+    images_per_worker(cfg, workers_of_training(None, cfg.MODEL.WEIGHTS).number)
     register_datasets(cfg)
     check_dataset_files("DATASETS.TEST", cfg.DATASETS.TEST[0])
     rehearse(cfg, training=False)
@@ -70,14 +72,21 @@ def probe(args: argparse.Namespace) -> None:
         ConfigError: the weights do not fit the model, or what
             :func:`bn_detection.leakage.measure_leakage` refuses. Nothing is written.
     """
-    cfg = begin(_load_config(args), args, _folder(args))
+    cfg = begin(_load_config(args), args, _folder(args), quiet=True)
+    workers = workers_of_training(None, cfg.MODEL.WEIGHTS)
+    if not (cfg.BN.LEAKAGE.IMAGES_PER_WORKER or cfg.BN.VIRTUAL_WORKERS):
+        logger.info(
+            "Images a worker: %d, of %d workers (%s); BN.LEAKAGE.IMAGES_PER_WORKER says otherwise.",
+            images_per_worker(cfg, workers.number),
+            *workers,
+        )
     model = Trainer.build_model(cfg)
     check_trained_classes(
         cfg, StrictCheckpointer(model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
     )
     if not cfg.MODEL.WEIGHTS:
         logger.warning("Probing randomly initialized weights: MODEL.WEIGHTS is empty.")
-    report = measure_leakage(cfg, model)
+    report = measure_leakage(cfg, model, num_workers=workers.number)
     output = Path(args.output)
     with replacing(output) as file:
         file.write_text(json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n")

@@ -33,18 +33,43 @@ from ..population import (
     batch_norms_in_training,
     collect_statistics,
     describe_batch_norms,
+    frozen_batch_norms,
+    mix_statistics,
+    mixing_weight,
     statistics_change,
     untouched,
 )
 from .checkpoint import StrictCheckpointer, save_atomically
 from .checks import check_recalibration
+from .comparison import Comparison, check_comparison, evaluate_ap
 from .rehearsal import rehearse
 from .setup import begin, installed_versions, load_config, register_datasets
+from .trained import workers_to_start
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 _ROWS_SHOWN = 12
+
+
+def choose_workers(args: argparse.Namespace) -> None:
+    """Without ``--num-gpus``, take the workers of the training, where this machine has room.
+
+    ``args.num_gpus`` becomes a number, and ``args.about_workers`` says why where it was not given.
+
+    Args:
+        args: of ``bn-detection recalibrate``.
+
+    Raises:
+        ConfigError: the config cannot be read.
+    """
+    if args.num_gpus is not None:
+        args.about_workers = getattr(args, "about_workers", "")
+        return
+    args.num_gpus, args.about_workers = 1, ""
+    if "WORLD_SIZE" in os.environ or args.num_machines > 1:
+        return
+    args.num_gpus, args.about_workers = workers_to_start(_load_config(args))
 
 
 def preflight_recalibration(args: argparse.Namespace) -> str:
@@ -71,7 +96,9 @@ def preflight_recalibration(args: argparse.Namespace) -> str:
     for path in (output, _record_path(output)):
         if path.exists():
             raise ConfigError(f"--output {output}: {path} exists; give another name.")
+    choose_workers(args)
     cfg = _load_config(args)
+    _check_mix(args.mix, cfg)
     num_workers = int(os.environ.get("WORLD_SIZE", args.num_gpus * args.num_machines))
     check_recalibration(cfg, num_workers)
     if not cfg.MODEL.WEIGHTS:
@@ -79,6 +106,8 @@ def preflight_recalibration(args: argparse.Namespace) -> str:
     register_datasets(cfg)
     for name in cfg.DATASETS.TRAIN:
         check_dataset_files("--dataset" if args.dataset else "DATASETS.TRAIN", name)
+    if args.keep_if_better:
+        check_comparison(cfg)
     rehearse(cfg, training=False)
     make_folder(output.parent, f"--output {output}")
     return cfg.MODEL.DEVICE
@@ -97,15 +126,20 @@ def recalibrate(args: argparse.Namespace) -> None:
         ConfigError: no layer is selected; the weights do not fit the model; the images have no
             labels or cannot be read; or a layer saw values that are not finite. Nothing is written.
     """
-    cfg = begin(_load_config(args), args, _folder(args))
+    cfg = begin(_load_config(args), args, _folder(args), quiet=True)
+    if args.about_workers:
+        logger.info("%s", args.about_workers)
     model = Trainer.build_model(cfg).train()
     layers = batch_norms_in_training(model, cfg.BN.MODULES)
+    if args.mix:
+        layers |= frozen_batch_norms(model, cfg.BN.MODULES)
     if not layers:
         raise ConfigError(
             f"BN.MODULES {list(cfg.BN.MODULES)} match no BN layer with statistics to recompute. "
             f"{describe_batch_norms(model)}"
         )
     loaded = StrictCheckpointer(model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    before = evaluate_ap(cfg, model, "before") if args.keep_if_better else {}
     node = cfg.BN.POPULATION
     batch_size = node.BATCH_SIZE or cfg.SOLVER.IMS_PER_BATCH
     loader = SinglePassLoader(
@@ -116,6 +150,7 @@ def recalibrate(args: argparse.Namespace) -> None:
         seed=max(cfg.SEED, 0),
     )
     estimator = "pooled" if node.ESTIMATOR == "ema" else node.ESTIMATOR
+    weight = _weight(args.mix, loader.num_images)
     images: list[int] = []
     counting = model.register_forward_pre_hook(lambda _, inputs: images.append(len(inputs[0])))
     try:
@@ -132,6 +167,7 @@ def recalibrate(args: argparse.Namespace) -> None:
                     tolerance=node.TOLERANCE,
                     rois=node.ROIS,
                     allow_fewer=True,
+                    mixing=weight,
                 )
     except FloatingPointError as error:
         raise ConfigError(f"{error} Nothing was written.") from error
@@ -149,16 +185,24 @@ def recalibrate(args: argparse.Namespace) -> None:
         "rois": node.ROIS,
         "tolerance": node.TOLERANCE,
         "modules": list(cfg.BN.MODULES),
+        "mix": weight,
         "versions": installed_versions(),
     }
+    if weight is not None:
+        statistics = mix_statistics(model, statistics, weight)
     by_layer = {name: _record(model, name, new) for name, new in statistics.items()}
+    record = {"settings": settings, "layers": by_layer}
+    old = {key: value.clone() for key, value in model.state_dict().items()}
     apply_statistics(model, statistics)
+    comparison = None
+    if args.keep_if_better:
+        comparison = Comparison(before, evaluate_ap(cfg, model, "after"))
+        record["decision"] = comparison.to_json()
     if comm.is_main_process():
         report_unreadable(cfg.OUTPUT_DIR)
         output = Path(args.output)
-        _write(
-            output, model, loaded.get("thing_classes"), {"settings": settings, "layers": by_layer}
-        )
+        kept = old if comparison and not comparison.is_better else model.state_dict()
+        _write(output, kept, loaded.get("thing_classes"), record)
         logger.info(
             "Statistics of %d layers from %d images. Change of the normalized values: root mean "
             "square over channels of their shift, (new mean - old) / old std, and of "
@@ -167,6 +211,8 @@ def recalibrate(args: argparse.Namespace) -> None:
             num_images,
             _table(by_layer),
         )
+        if comparison:
+            logger.info("%s", comparison.text())
         logger.info("Wrote %s and %s", output, _record_path(output))
         logger.info("Evaluate it:\n%s", _evaluation_command(args))
 
@@ -184,9 +230,36 @@ def _load_config(args: argparse.Namespace) -> CfgNode:
         cfg.DATASETS.TRAIN = (register_image_folder(args.images),)
     elif args.dataset:
         cfg.DATASETS.TRAIN = (args.dataset,)
-    cfg.DATASETS.TEST = ()
+    if not args.keep_if_better:
+        cfg.DATASETS.TEST = ()
     cfg.OUTPUT_DIR = _folder(args)
     return cfg
+
+
+def _check_mix(mix: str | None, cfg: CfgNode) -> None:
+    if mix is None:
+        return
+    try:
+        is_weight = mix == "auto" or 0 < float(mix) <= 1
+    except ValueError:
+        is_weight = False
+    if not is_weight:
+        raise ConfigError(
+            f"--mix {mix}: it is auto, or the weight of the new statistics, above 0 and at most 1."
+        )
+    for key, node, value in (
+        ("BN.INFERENCE", cfg.BN, "batch"),
+        ("BN.POPULATION.ESTIMATOR", cfg.BN.POPULATION, "fvcore"),
+    ):
+        if node[key.rpartition(".")[2]] == value:
+            other = "population" if value == "batch" else "pooled"
+            raise ConfigError(f"--mix {mix}: {key} is {value}; set it to {other}.")
+
+
+def _weight(mix: str | None, images: int) -> float | None:
+    if mix is None:
+        return None
+    return mixing_weight(images) if mix == "auto" else float(mix)
 
 
 def _folder(args: argparse.Namespace) -> str:
@@ -260,9 +333,12 @@ def _or_none(value: float) -> float | None:
 
 
 def _write(
-    output: Path, model: nn.Module, thing_classes: list[str] | None, record: dict[str, Any]
+    output: Path,
+    state: dict[str, Tensor],
+    thing_classes: list[str] | None,
+    record: dict[str, Any],
 ) -> None:
-    weights: dict[str, Any] = {"model": model.state_dict()}
+    weights: dict[str, Any] = {"model": state}
     if thing_classes is not None:
         weights["thing_classes"] = thing_classes
     with replacing(_record_path(output)) as file:

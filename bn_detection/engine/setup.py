@@ -38,6 +38,8 @@ from .checkpoint import last_checkpoint
 from .checks import check_config
 from .config_files import merge_config_file, merge_overrides
 from .rehearsal import rehearse
+from .terminal import print_answers_only
+from .trained import VERSIONS_NAME
 
 _VERSIONED = ("bn_detection", "detectron2", "torch", "torchvision", "fvcore", "numpy")
 
@@ -151,13 +153,14 @@ def setup(args: argparse.Namespace) -> CfgNode:
     return begin(cfg, args, folder)
 
 
-def begin(cfg: CfgNode, args: argparse.Namespace, folder: str) -> CfgNode:
+def begin(cfg: CfgNode, args: argparse.Namespace, folder: str, *, quiet: bool = False) -> CfgNode:
     """Set up the loggers, seeds and datasets of a job, in a worker.
 
     Args:
         cfg: the config; it is frozen.
         args: of :func:`bn_detection.engine.argument_parser`.
         folder: for the config, the versions and the log.
+        quiet: whether the terminal gets no more than progress and answers.
 
     Returns:
         ``cfg``, with MODEL.DEVICE "cpu" where there is no GPU.
@@ -171,13 +174,15 @@ def begin(cfg: CfgNode, args: argparse.Namespace, folder: str) -> CfgNode:
     shown.OUTPUT_DIR = folder
     shown.freeze()
     setup_logger(shown.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="bn_detection")
+    if quiet:
+        print_answers_only(shown.OUTPUT_DIR)
     file = find_config(args.config_file) if args.config_file else ""
     default_setup(shown, argparse.Namespace(**{**vars(args), "config_file": file}))
     logger = logging.getLogger(__name__)
     if device != cfg.MODEL.DEVICE:
         logger.warning("MODEL.DEVICE %s: there is no GPU here, so this runs on the CPU.", device)
     if comm.is_main_process():
-        _write_versions(Path(shown.OUTPUT_DIR, "versions.json"), cfg.MODEL.DEVICE)
+        _write_versions(Path(shown.OUTPUT_DIR, VERSIONS_NAME), cfg.MODEL.DEVICE)
     register_datasets(cfg)
     return cfg
 
@@ -233,7 +238,11 @@ def device_name(device: str) -> str:
 
 
 def _write_versions(path: Path, device: str) -> None:
-    content = {"command": sys.argv, "versions": installed_versions()}
-    content["device"] = device_name(device)
+    content = {
+        "command": sys.argv,
+        "workers": comm.get_world_size(),
+        "versions": installed_versions(),
+        "device": device_name(device),
+    }
     with replacing(path) as file:
         file.write_text(json.dumps(content, indent=2) + "\n")

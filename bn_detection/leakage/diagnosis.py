@@ -89,11 +89,12 @@ class Diagnosis:
         return "\n\n".join(parts)
 
     def table(self, style: str = "simple") -> str:
-        """The layers that are furthest from the data.
+        """The layers that normalize with a batch, then frozen ones; furthest from the data first.
 
         Args:
             style: of the package ``tabulate``.
         """
+        ordered = by_distance(self.layers)
         rows = [
             (
                 layer.name,
@@ -105,22 +106,29 @@ class Diagnosis:
                 *(_cell(layer, distance) for distance in _SHOWN_DISTANCES),
                 len(layer.dead),
             )
-            for layer in by_distance(self.layers)[:_ROWS_SHOWN]
+            for layer in ordered[:_ROWS_SHOWN]
         ]
         distances = (DISTANCES[distance].short for distance in _SHOWN_DISTANCES)
         headers = ("layer", "batch of", "rows", "values", *distances, "dead")
         table = tabulate(rows, headers, style, floatfmt=".0f", missingval="-")
-        more = len(self.layers) - len(rows)
+        left = ordered[_ROWS_SHOWN:]
+        frozen = sum(not layer.trains for layer in left)
         about = (
             "Distances between statistics, in standard deviations of the layer's input, with 95 % "
             "intervals:"
         )
-        return f"{about}\n\n{table}" + (f"\n\n... and {more} more layers" if more > 0 else "")
+        more = f"\n\n... and {len(left)} more layers ({frozen} frozen), in the JSON and the page"
+        return f"{about}\n\n{table}" + (more if left else "")
 
 
 def by_distance(layers: Sequence[LayerReport]) -> list[LayerReport]:
-    """Those whose running statistics are furthest from the data first."""
-    return sorted(layers, key=lambda x: -x.ema_to_precise.value if x.ema_to_precise else 1.0)
+    """Those that normalize with a batch first, of each kind those furthest from the data."""
+
+    def place(layer: LayerReport) -> tuple[bool, float]:
+        distance = layer.ema_to_precise
+        return not layer.trains, 1.0 if distance is None else -distance.value
+
+    return sorted(layers, key=place)
 
 
 def _cell(layer: LayerReport, distance: str) -> str | None:
@@ -133,7 +141,9 @@ def _paragraph(first: str, text: str) -> str:
 
 
 def _finding(number: int, finding: Finding) -> str:
-    lines = [_paragraph(f"{number}. {finding.id}: ", finding.title)]
+    lines = [_paragraph(f"{number}. {finding.id}: ", finding.headline)]
+    if finding.symptom:
+        lines.append(_paragraph("   ", finding.title))
     if finding.cost is not None:
         lines.append(f"   Likely cost: {finding.cost.text(1)} points of box AP")
     lines += [f"   - {item.text}" for item in finding.evidence]

@@ -30,7 +30,9 @@ def render_diagnosis(diagnosis: Diagnosis, style: str, rules: Mapping[str, Rule]
 def _markdown(diagnosis: Diagnosis) -> str:
     parts = ["# Diagnosis of BN layers", f"**{diagnosis.verdict}**"]
     for number, finding in enumerate(diagnosis.findings, 1):
-        parts.append(f"## {number}. {finding.id}: {finding.title}")
+        parts.append(f"## {number}. {finding.id}: {finding.headline}")
+        if finding.symptom:
+            parts.append(finding.title)
         if finding.cost is not None:
             parts.append(f"Likely cost: {finding.cost.text(1)} points of box AP.")
         parts.append("\n".join(f"* {item.text}" for item in finding.evidence))
@@ -59,7 +61,7 @@ def _junit(diagnosis: Diagnosis, rules: Mapping[str, Rule]) -> str:
         case.set("name", f"{rule.id}: {rule.measures}")
         if found := [finding for finding in diagnosis.findings if finding.id == rule.id]:
             failure = xml.SubElement(case, "failure", type=rule.id)
-            failure.set("message", " ".join(finding.title for finding in found))
+            failure.set("message", " ".join(f"{x.symptom} {x.title}".strip() for x in found))
             failure.text = "\n".join(
                 "\n".join([*(item.text for item in x.evidence), f"{x.advice} ({x.docs})", x.yaml])
                 for x in found

@@ -13,6 +13,13 @@ from .estimators import (
 from .freeze import AFFINE, FreezeStatistics
 from .hook import PreciseStatistics, estimate_statistics
 from .layers import SYNC_BATCH_NORMS, describe_batch_norms
+from .mixing import (
+    PRIOR,
+    OnlineStatistics,
+    frozen_batch_norms,
+    mix_statistics,
+    mixing_weight,
+)
 from .observe import batch_norms_in_training
 from .trace import TraceStatistics, read_trace
 from .untouched import untouched
@@ -20,11 +27,13 @@ from .untouched import untouched
 __all__ = [
     "AFFINE",
     "ESTIMATORS",
+    "PRIOR",
     "ROIS",
     "SYNC_BATCH_NORMS",
     "AverageStatistics",
     "Estimator",
     "FreezeStatistics",
+    "OnlineStatistics",
     "PopulationStatistics",
     "PreciseStatistics",
     "StatisticsChange",
@@ -36,6 +45,9 @@ __all__ = [
     "collect_statistics",
     "describe_batch_norms",
     "estimate_statistics",
+    "frozen_batch_norms",
+    "mix_statistics",
+    "mixing_weight",
     "read_trace",
     "register_estimator",
     "standard_error",

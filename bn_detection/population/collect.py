@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..norm import GroupStatistics, check_choice, check_initialized
 from .collector import Collector
 from .estimators import ESTIMATORS, PopulationStatistics
+from .mixing import Choose, choosing_statistics, frozen_batch_norms
 from .observe import batch_norms_in_training, calls_collectives, observing, without_heads
 from .untouched import untouched
 
@@ -44,6 +45,7 @@ def collect_statistics(
     allow_fewer: bool = False,
     forward: Callable[[nn.Module, Any], Any] = _call,
     whole_forwards: bool = False,
+    mixing: float | None = None,
     listener: Callable[[str, GroupStatistics], None] | None = None,
 ) -> dict[str, PopulationStatistics]:
     """Estimate population statistics from forward passes.
@@ -59,7 +61,7 @@ def collect_statistics(
     The batches of all workers are merged exactly, in float64 (Chan et al. 1979) and one collective,
     so all hold the same bits; fvcore's leaves each worker with its own (fvcore issue 152).
 
-    The log has a line a layer, and a warning for each that rests on too few samples.
+    The log has a line a layer, and a warning if some rest on too few samples.
 
     Args:
         model: its BN layers in training mode take part. Normalization is that of training, and the
@@ -79,6 +81,10 @@ def collect_statistics(
             ``lambda model, batch: model(*batch)`` for torchvision's (images, targets).
         whole_forwards: whether all of the model runs; else a ``StandardROIHeads`` leaves out the
             mask and keypoint heads without layers that take part.
+        mixing: if given, FrozenBN layers take part too, and a layer is normalized with (1 - mixing)
+            times its own statistics and mixing times those of its input on this worker, whatever
+            its partition. For :func:`bn_detection.population.mix_statistics`, which gives the layer
+            such a mixture: the layers after it then see what they will see.
         listener: called with the name of a layer and the mini-batch statistics of its groups, at
             each call of the layer.
 
@@ -93,6 +99,8 @@ def collect_statistics(
     check_choice("estimator", estimator, tuple(ESTIMATORS))
     check_choice("rois", rois, ROIS)
     layers = batch_norms_in_training(model, modules)
+    if mixing is not None:
+        layers |= frozen_batch_norms(model, modules)
     if not layers:
         raise ValueError(
             f"No BatchNorm layer in training mode matches {list(modules)}: there are no statistics "
@@ -102,11 +110,16 @@ def collect_statistics(
         check_initialized(name, layer)
     collector = Collector(layers, ESTIMATORS[estimator], num_batches, forward, listener)
     some_heads = without_heads(model, layers, whole_forwards)
-    with untouched(model), observing(layers, collector.observe), some_heads:
+    watching = (
+        observing(layers, collector.observe)
+        if mixing is None
+        else choosing_statistics(model, layers, _mixture(layers, collector, mixing))
+    )
+    with untouched(model), watching, some_heads:
         if rois == "inference":
             model.eval()
-            for layer in layers.values():
-                layer.train()
+        for layer in layers.values():
+            layer.train(mixing is None)
         source = collector.take(iter(batches), in_step=calls_collectives(model))
         for goal in _checks(num_batches) if tolerance > 0 else [num_batches]:
             for batch in islice(source, goal - collector.batches):
@@ -143,6 +156,22 @@ def apply_statistics(model: nn.Module, statistics: dict[str, PopulationStatistic
         layer.running_var.copy_(estimate.var)
 
 
+def _mixture(layers: Mapping[str, Any], collector: Collector, weight: float) -> Choose:
+    """What layers are normalized with, while the collector is shown their inputs."""
+    own = {
+        name: (layer.running_mean.double().clone(), layer.running_var.double().clone())
+        for name, layer in layers.items()
+    }
+
+    def choose(name: str, statistics: GroupStatistics) -> tuple[Tensor, Tensor]:
+        collector.observe(name, statistics, False)
+        share = weight * (statistics.count[0] > 0).double()
+        mean, var = own[name]
+        return mean.lerp(statistics.mean[0], share), var.lerp(statistics.var[0], share)
+
+    return choose
+
+
 def _checks(num_batches: int) -> Iterator[int]:
     """Numbers of batches after which to look whether they suffice."""
     goal = _FIRST_CHECK
@@ -153,32 +182,38 @@ def _checks(num_batches: int) -> Iterator[int]:
 
 
 def _report(results: dict[str, PopulationStatistics], images: int, tolerance: float) -> None:
-    """A line a layer; layers of too few samples, and how many they need, as warnings."""
+    """A line a layer; warnings name the least certain layer, and what it needs."""
+
+    def more(layers: list[str]) -> str:
+        number = len(layers) - 1
+        return f" So it is with {number} more layer{'s' if number > 1 else ''}." if number else ""
 
     def needed(error: float, wanted: float) -> int:
         return math.ceil(images * (error / wanted) ** 2)
 
     errors = {name: r.relative_error for name, r in results.items() if r.count > 1}
+    unknown = [name for name, error in errors.items() if math.isnan(error)]
+    few = sorted((n for n, e in errors.items() if e > _LARGE_ERROR), key=lambda n: -errors[n])
     for name, error in errors.items():
-        count = results[name].count
-        if math.isnan(error):
-            logger.warning(
-                "%s: population statistics of %d values of one batch, so their standard error is "
-                "unknown.",
-                name,
-                count,
+        if name not in unknown:
+            logger.info(
+                "%s: population statistics of %d values, standard error %.2f %%",
+                *(name, results[name].count, 100 * error),
             )
-            continue
-        logger.info(
-            "%s: population statistics of %d values, standard error %.2f %%",
-            *(name, count, 100 * error),
+    if unknown:
+        logger.warning(
+            "%s: population statistics of %d values of one batch, so their standard error is "
+            "unknown.%s",
+            *(unknown[0], results[unknown[0]].count, more(unknown)),
         )
-        if error > _LARGE_ERROR:
-            logger.warning(
-                "%s: its population statistics rest on too few samples: %d images give a standard "
-                "error of %.1f %%, about %d would give %.0f %%.",
-                *(name, images, 100 * error, needed(error, _LARGE_ERROR), 100 * _LARGE_ERROR),
-            )
+    if few:
+        error = errors[few[0]]
+        logger.warning(
+            "%s: its population statistics rest on too few samples: %d images give a standard "
+            "error of %.1f %%, about %d would give %.0f %%.%s",
+            *(few[0], images, 100 * error, needed(error, _LARGE_ERROR), 100 * _LARGE_ERROR),
+            more(few),
+        )
     worst = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]), default=None)
     if tolerance <= 0 or worst is None:
         return

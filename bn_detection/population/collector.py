@@ -88,7 +88,7 @@ class Collector:
             if self._ended:
                 return
             self.batches += 1
-            self.images += _num_images(batch)
+            self.images += num_images(batch)
             yield batch
 
     def run(self, model: nn.Module, batch: Any) -> None:
@@ -97,7 +97,7 @@ class Collector:
         self._forward(model, batch)
         for name, layer in self._layers.items():
             if name not in self._batch:  # it was not called
-                self._batch[name] = self._nothing(layer.num_features)
+                self._batch[name] = self._nothing(layer.running_mean.numel())
         self._add(torch.cat([self._batch[name] for name in self._layers], dim=1))
         if time.monotonic() - self._logged > _LOG_SECONDS:
             self._logged = time.monotonic()
@@ -140,7 +140,7 @@ class Collector:
 
     def results(self) -> tuple[dict[str, PopulationStatistics], Used]:
         """Merge the parts of all workers: one collective."""
-        sizes = [layer.num_features for layer in self._layers.values()]
+        sizes = [layer.running_mean.numel() for layer in self._layers.values()]
         parts = self._nothing(sum(sizes), _MAX_PARTS)
         for part, values in zip(parts, [*self._parts, *self._pending], strict=False):
             part.copy_(values)
@@ -166,7 +166,7 @@ class Collector:
         }, used
 
 
-def _num_images(batch: Any) -> int:
+def num_images(batch: Any) -> int:
     """The length of a batch; of a tuple, such as (images, targets), that of its first item."""
     first = batch[0] if isinstance(batch, tuple) and batch else batch
     return len(first) if isinstance(first, Sized) else 1

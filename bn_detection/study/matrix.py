@@ -79,7 +79,14 @@ class Plan(NamedTuple):
     configs: dict[str, CfgNode]
 
 
-def plan(study: Study, folder: Path, overrides: Overrides, imports: Sequence[str] = ()) -> Plan:
+def plan(
+    study: Study,
+    folder: Path,
+    overrides: Overrides,
+    imports: Sequence[str] = (),
+    *,
+    steps: bool = False,
+) -> Plan:
     """Plan a study seed by seed, each training before its evaluations.
 
     Args:
@@ -87,12 +94,13 @@ def plan(study: Study, folder: Path, overrides: Overrides, imports: Sequence[str
         folder: for everything that is made, except datasets.
         overrides: for every command, after all others.
         imports: modules that every command imports first.
+        steps: whether to run a step of each run too, on images of noise; some seconds each.
 
     Raises:
         ConfigError: a config with its overrides cannot be used; the message names the study file,
             the run and the evaluation.
     """
-    planner = _Planner(study, folder, overrides, imports)
+    planner = _Planner(study, folder, overrides, imports, steps)
     for seed in study.seeds:
         for name in study.runs:
             planner.add_run(name, seed)
@@ -101,10 +109,15 @@ def plan(study: Study, folder: Path, overrides: Overrides, imports: Sequence[str
 
 class _Planner:
     def __init__(
-        self, study: Study, folder: Path, overrides: Overrides, imports: Sequence[str]
+        self,
+        study: Study,
+        folder: Path,
+        overrides: Overrides,
+        imports: Sequence[str],
+        steps: bool,
     ) -> None:
         self._study, self._folder, self._overrides = study, folder, overrides
-        self._imports = list(imports)
+        self._imports, self._steps = list(imports), steps
         self.tasks: list[Task] = []
         self.results: dict[Cell, tuple[Task, Path]] = {}
         self.configs: dict[str, CfgNode] = {}
@@ -192,7 +205,7 @@ class _Planner:
     def _check_training(self, name: str, cfg: CfgNode) -> None:
         check_config(cfg, num_workers=self._study.workers, eval_only=False, resume=True)
         if name not in self.configs:  # other seeds build the same
-            rehearse(cfg, training=True, step=False)
+            rehearse(cfg, training=True, step=self._steps)
 
     def _check_probe(self, cfg: CfgNode) -> None:
         check_probing(cfg)

@@ -45,7 +45,7 @@ def run_study(
             them) for the workers of each, and with Slurm all that can run.
         executor: "local": processes of this machine; or "slurm": jobs of Slurm.
         slurm: ``KEY=VALUE`` parameters of the jobs.
-        dry_run: only check everything, and list the tasks.
+        dry_run: only check everything, a step of each run included, and list the tasks.
         imports: modules that every command imports first.
 
     Returns:
@@ -64,7 +64,7 @@ def run_study(
         study = dataclasses.replace(study, seeds=tuple(dict.fromkeys(seeds)))
     folder = folder or Path("output", "studies", study.name)
     options = _options(overrides)
-    planned = plan(study, folder, options, imports)
+    planned = plan(study, folder, options, imports, steps=dry_run)
     runs_tasks = _executor(study, planned, folder, jobs, executor, slurm)
     if dry_run:
         check_folder(folder, study, options, planned.configs)

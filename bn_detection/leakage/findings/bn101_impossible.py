@@ -8,7 +8,9 @@ from .rules import Found, Rule, register_finding
 
 
 @register_finding(
-    "BN101", measures="channels whose variance is negative, or whose statistics are not finite"
+    "BN101",
+    symptom="NaN, or no detections, in eval() alone.",
+    measures="channels whose variance is negative, or whose statistics are not finite",
 )
 def impossible(examined: Examined, rule: Rule) -> Found:
     layers = [layer for layer in examined.layers if layer.impossible]
@@ -25,5 +27,5 @@ def impossible(examined: Examined, rule: Rule) -> Found:
                 for layer in layers[:SHOWN]
             ],
             of_population(examined, layers),
-            "Estimate them anew; tools/recalibrate.py does it without training.",
+            "Estimate them anew; bn-detection recalibrate does it without training.",
         )

@@ -7,7 +7,11 @@ from .fixes import of_population
 from .rules import Found, Rule, register_finding, used
 
 
-@register_finding("BN102", measures="whether all running means are 0 and all running variances 1")
+@register_finding(
+    "BN102",
+    symptom="Good in train(), as bad as random weights in eval().",
+    measures="whether all running means are 0 and all running variances 1",
+)
 def never_updated(examined: Examined, rule: Rule) -> Found:
     built = [layer for layer in examined.trained if layer.is_initial]
     initial, notes = used(examined, built, "were never updated", rule)

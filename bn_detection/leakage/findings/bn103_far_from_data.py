@@ -18,6 +18,7 @@ _BOX = ("roi_heads.box_head.", "roi_heads.box_predictor.")
 
 @register_finding(
     "BN103",
+    symptom="Good in train(), bad in eval(); or the AP jumps from one evaluation to the next.",
     measures="EMA to precise, of layers that normalize with their batch in training",
     threshold=0.25,
     unit="standard deviations",
@@ -54,7 +55,8 @@ def far_from_data(examined: Examined, rule: Rule) -> Found:
             distances(far, "ema_to_precise"),
             of_population(examined, far),
             "Estimate the population statistics anew at each evaluation, and at the end of the "
-            "next training. For this checkpoint, tools/recalibrate.py does it without training.",
+            "next training. For this checkpoint, bn-detection recalibrate --keep-if-better does it "
+            "without training.",
             cost=_cost(examined, far),
         )
 

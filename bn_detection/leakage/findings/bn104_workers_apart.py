@@ -14,6 +14,7 @@ from .rules import Found, Rule, register_finding
 
 @register_finding(
     "BN104",
+    symptom="Ranks differ: each worker detects something else in the same image.",
     measures="the expected distance between the statistics of two workers",
     threshold=0.1,
     unit="standard deviations",

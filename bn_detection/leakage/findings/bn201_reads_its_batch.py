@@ -19,6 +19,7 @@ _THAN = {
 
 @register_finding(
     "BN201",
+    symptom="Good in train(), bad in eval(), worst with one image a GPU.",
     measures="leakage in foreground accuracy (mask accuracy of a mask head)",
     threshold=1.0,
     unit="points",

@@ -12,6 +12,7 @@ from .rules import Found, Rule, register_finding
 
 @register_finding(
     "BN202",
+    symptom="AP was lost when GN became BN in a head on several FPN levels.",
     measures="levels apart, of layers for which each level is a batch in training",
     threshold=0.25,
     unit="standard deviations",

@@ -8,7 +8,9 @@ from .rules import Found, Rule, register_finding
 
 
 @register_finding(
-    "BN301", measures="whether a frozen layer has mean 0, variance 1, weight 1 and bias 0"
+    "BN301",
+    symptom="FrozenBN trains badly or to NaN without pretrained weights.",
+    measures="whether a frozen layer has mean 0, variance 1, weight 1 and bias 0",
 )
 def frozen_as_built(examined: Examined, rule: Rule) -> Found:
     initial = [layer for layer in examined.layers if not layer.trains and layer.is_initial]

@@ -9,6 +9,7 @@ from .rules import Found, Rule, configured_rules, register_finding
 
 @register_finding(
     "BN302",
+    symptom="Low AP on images unlike those of the pretraining.",
     measures="EMA to precise, of frozen layers, whose statistics were those of training too",
     threshold=1.0,
     unit="standard deviations",
@@ -25,7 +26,8 @@ def frozen_of_other_data(examined: Examined, rule: Rule) -> Found:
             far,
             distances(far, "ema_to_precise"),
             {"BN": {"CONVERT": convert(examined, far, "SyncBN")}},
-            "Let the layers follow the data in training.",
+            "Let the layers follow the data in training; or, without training, bn-detection "
+            "recalibrate --mix auto --keep-if-better.",
         )
     margin = configured_rules(examined.cfg)["BN103"].threshold
     moved = [x for x in measured if x.ema_to_precise and x.ema_to_precise.exceeds(margin)]

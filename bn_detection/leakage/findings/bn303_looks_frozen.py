@@ -8,7 +8,9 @@ from .rules import Found, Rule, register_finding
 
 
 @register_finding(
-    "BN303", measures="whether requires_grad is False in a layer that normalizes with its batch"
+    "BN303",
+    symptom="Frozen layers whose statistics move.",
+    measures="whether requires_grad is False in a layer that normalizes with its batch",
 )
 def looks_frozen(examined: Examined, rule: Rule) -> Found:
     half = [layer for layer in examined.trained if layer.affine_frozen]

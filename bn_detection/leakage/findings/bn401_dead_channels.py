@@ -8,6 +8,7 @@ from .rules import Found, Rule, register_finding
 
 @register_finding(
     "BN401",
+    symptom="The loss stops falling early, and many features are zero.",
     measures="the share of a layer's channels without variance or weight",
     threshold=0.25,
     unit="of the channels",

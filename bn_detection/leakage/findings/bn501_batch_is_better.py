@@ -8,7 +8,12 @@ from .rules import Found, Rule, register_finding
 
 
 @register_finding(
-    "BN501", measures="inconsistency in box AP", threshold=1.0, unit="points", residual=True
+    "BN501",
+    symptom="Good in train(), bad in eval(), and nothing else explains it.",
+    measures="inconsistency in box AP",
+    threshold=1.0,
+    unit="points",
+    residual=True,
 )
 def batch_is_better(examined: Examined, rule: Rule) -> Found:
     lost = examined.probed("inconsistency", "box_ap")

@@ -60,6 +60,7 @@ class Finding:
         advice: what the fix does.
         cost: points of box AP (on the sampler's RoIs) that it is likely to cost; None if that was
             not measured.
+        symptom: what users see, in their words; "" where that is the title.
     """
 
     id: str
@@ -71,6 +72,12 @@ class Finding:
     fix: Mapping[str, Any] | None = None
     advice: str = ""
     cost: Estimate | None = None
+    symptom: str = ""
+
+    @property
+    def headline(self) -> str:
+        """What comes first: the symptom, before its cause, the title."""
+        return self.symptom or self.title
 
     @property
     def yaml(self) -> str:

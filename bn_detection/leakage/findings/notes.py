@@ -12,7 +12,8 @@ def one_image(examined: Examined, rule: Rule) -> Found:
     if single:
         yield rule.note(
             f"{count(single)} normalize the feature map of a single image in training "
-            f"({named(single)}).",
+            f"({named(single)}). If BN in place of FrozenBN lost AP, this is likely why: "
+            "BN.CONVERT to FrozenBN or SyncBN.",
             single,
         )
 

@@ -27,6 +27,7 @@ class Rule:
         id: such as ``BN201``; it never comes to mean something else.
         measures: what is compared with the threshold, in words.
         examine: yields what it finds.
+        symptom: what users see where it is found, in their words; "" where that is its title.
         severity: "finding", or "note" for a rule that has notes alone.
         threshold: that a measurement has to exceed, with its interval where it has one; NaN where
             there is none. ``BN.DIAGNOSIS.THRESHOLDS`` sets another.
@@ -38,6 +39,7 @@ class Rule:
     id: str
     measures: str
     examine: Examine
+    symptom: str = ""
     severity: str = "finding"
     threshold: float = math.nan
     unit: str = ""
@@ -55,7 +57,7 @@ class Rule:
     ) -> Finding:
         """Something that hurts the model; the arguments are those of :class:`Finding`."""
         given = (title, names_of(layers), tuple(evidence), fix, advice)
-        return Finding(self.id, "finding", self.docs, *given, **more)
+        return Finding(self.id, "finding", self.docs, *given, symptom=self.symptom, **more)
 
     def note(self, text: str, layers: Iterable[LayerReport] = ()) -> Finding:
         """Something that is worth knowing."""
@@ -74,7 +76,8 @@ def register_finding(id: str, *, measures: str, **about: Any) -> Callable[[Exami
     Args:
         id: letters and a number, such as ``MY101``.
         measures: what is compared with the threshold, in words.
-        about: ``severity``, ``threshold``, ``unit``, ``residual`` and ``docs`` of :class:`Rule`.
+        about: ``symptom``, ``severity``, ``threshold``, ``unit``, ``residual`` and ``docs`` of
+            :class:`Rule`.
 
     Raises:
         ValueError: the id is taken or is none, or the severity is unknown.
