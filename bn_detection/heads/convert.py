@@ -214,7 +214,8 @@ def _announce_at_inference(
     for heads in around:
         for head in heads.children():
             scope.handles.append(head.register_forward_pre_hook(_rows_of_instances))
-    return {name for name in names if _has_feature_maps(model, name)}
+    is_detector = any(isinstance(module, Backbone) for module in model.modules())
+    return {name for name in names if is_detector and not in_roi_heads(model, name)}
 
 
 def _roi_heads_around(model: nn.Module, name: str) -> list[ROIHeads]:
