@@ -60,7 +60,7 @@ class MeasureLeakage(HookBase):
         start = time.perf_counter()
         try:
             # What torch.jit makes of a function depends on the calls before.
-            with torch.jit.optimized_execution(False):
+            with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
                 report = self._measure()
         except ConfigError as error:  # of weights that have diverged, for example
             logger.warning("No leakage at iteration %d: %s", self.trainer.iter, error)
