@@ -127,7 +127,7 @@ def add_bn_detection_config(cfg: CfgNode) -> None:
     # Resamples for the 95 % bootstrap intervals, of images that are shuffled together.
     cfg.BN.LEAKAGE.RESAMPLES = 1000
     # Iterations between measurements in training, on worker 0, to metrics.json and TensorBoard; 0
-    # for none. 1000 takes 1 to 3 % of a training.
+    # for none. 1000 takes about 1 % of a training of the quickstart.
     cfg.BN.LEAKAGE.PERIOD = 0
     # Images of each of these: random ones of DATASETS.TEST, always the same.
     cfg.BN.LEAKAGE.LIVE_IMAGES = 16

@@ -194,7 +194,7 @@ def _draw_curves(curves: dict[str, dict[int, float]], path: Path) -> None:
         axes.plot([i + 1 for i in curve], list(curve.values()), "o-", color=color, label=name)
     axes.set_xlabel("iterations of training")
     axes.set_ylabel("leakage, points of accuracy")
-    axes.set_title("BN learns to read the other RoIs of its batch")
+    axes.set_title("What the box head reads of the other RoIs of its batch, over training")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
