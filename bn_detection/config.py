@@ -44,6 +44,10 @@ def add_bn_detection_config(cfg: CfgNode) -> None:
     # What inference normalizes with: "population" (the running statistics) or "batch" (the
     # statistics of the current forward on this process).
     cfg.BN.INFERENCE = "population"
+    # Which RoIs (or feature maps) of a forward share the statistics of "batch": "forward" (all of
+    # them), "image" (those of an image), "shuffle" (as many random ones of all its images; whole
+    # feature maps of all), "ghost" (BN.GHOST.SIZE random ones), or a partition of one's own.
+    cfg.BN.INFERENCE_PARTITION = "forward"
     # Images in a forward of an evaluation on each worker; only "batch" depends on it.
     cfg.BN.INFERENCE_BATCH_SIZE = 1
     # Layers to convert after the model is built: [[glob over module names, norm], ...]. The norm is
@@ -111,7 +115,7 @@ def add_bn_detection_config(cfg: CfgNode) -> None:
     # Channels of each layer, evenly spaced.
     cfg.BN.TRACE.CHANNELS = 2
 
-    # The leakage probe: bn-detection probe and diagnose, and the evaluations of studies.
+    # The leakage probe: bn-detection probe and diagnose, the evaluations of studies, and trainings.
     cfg.BN.LEAKAGE = CN()
     # Images of DATASETS.TEST that it uses, random ones; 0 for all.
     cfg.BN.LEAKAGE.NUM_IMAGES = 0
@@ -123,6 +127,11 @@ def add_bn_detection_config(cfg: CfgNode) -> None:
     cfg.BN.LEAKAGE.SHUFFLED_IMAGES = 8
     # Resamples for the 95 % bootstrap intervals, of images that are shuffled together.
     cfg.BN.LEAKAGE.RESAMPLES = 1000
+    # Iterations between measurements in training, on worker 0, to metrics.json and TensorBoard; 0
+    # for none. 1000 takes about 1 % of a training of the quickstart.
+    cfg.BN.LEAKAGE.PERIOD = 0
+    # Images of each of these: random ones of DATASETS.TEST, always the same.
+    cfg.BN.LEAKAGE.LIVE_IMAGES = 16
 
     # What a diagnosis finds: tools/diagnose.py.
     cfg.BN.DIAGNOSIS = CN()

@@ -1,4 +1,4 @@
-"""Measure what leaks between RoIs through the normalization batches of a detector's heads.
+"""Measure what leaks between RoIs through the normalization batches of a detector.
 
 How many images a worker of the training had follows from versions.json beside the checkpoint, or
 is BN.LEAKAGE.IMAGES_PER_WORKER.
@@ -21,6 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     parser.add_argument("--config-file", required=True, metavar="FILE.yaml", help="of the training")
     parser.add_argument("--output", required=True, metavar="FILE.json", help="the report")
+    parser.add_argument(
+        "--on",
+        choices=("rois", "detections"),
+        help="rois: the second stage on the RoIs of the training sampler, in accuracy, loss and AP "
+        "(the default where the second stage is known); detections: the AP of the detector's own "
+        "detections, of any detector",
+    )
     add_common_flags(parser)
     add_overrides(parser)
     # One process: a normalization batch is what the probe makes of it, not what a worker has.

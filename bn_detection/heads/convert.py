@@ -16,6 +16,7 @@ from torchvision.models.convnext import LayerNorm2d
 
 from ..norm import (
     ANY_DIMENSIONS,
+    InferenceScope,
     LevelBatchNorm2d,
     PartitionedBatchNorm2d,
     Scope,
@@ -24,6 +25,7 @@ from ..norm import (
     is_exact,
     lineage,
     matches,
+    register_announcer,
     register_exact,
     replace_layers,
     set_rows_per_image,
@@ -200,11 +202,32 @@ def announce_images(model: nn.Module, name: str, scope: Scope[Any]) -> None:
     """
     head = model.get_submodule(name)
     scope.handles.append(head.register_forward_pre_hook(_rows_of_instances))
-    for ancestor in map(model.get_submodule, lineage(name)):
-        if isinstance(ancestor, ROIHeads):
-            for pooler in ancestor.modules():
-                if isinstance(pooler, ROIPooler):
-                    scope.handles.append(pooler.register_forward_pre_hook(_rows_of_boxes))
+    _announce_boxes(_roi_heads_around(model, name), scope)
+
+
+@register_announcer
+def _announce_at_inference(
+    model: nn.Module, names: list[str], scope: InferenceScope[Any]
+) -> set[str]:
+    around = {heads for name in names for heads in _roi_heads_around(model, name)}
+    _announce_boxes(around, scope)
+    for heads in around:
+        for head in heads.children():
+            scope.handles.append(head.register_forward_pre_hook(_rows_of_instances))
+    is_detector = any(isinstance(module, Backbone) for module in model.modules())
+    return {name for name in names if is_detector and not in_roi_heads(model, name)}
+
+
+def _roi_heads_around(model: nn.Module, name: str) -> list[ROIHeads]:
+    modules = map(model.get_submodule, lineage(name))
+    return [module for module in modules if isinstance(module, ROIHeads)]
+
+
+def _announce_boxes(around: Iterable[ROIHeads], scope: Scope[Any]) -> None:
+    for heads in around:
+        for pooler in heads.modules():
+            if isinstance(pooler, ROIPooler):
+                scope.handles.append(pooler.register_forward_pre_hook(_rows_of_boxes))
 
 
 def _rows_of_boxes(pooler: nn.Module, args: tuple[Any, ...]) -> None:
@@ -299,6 +322,7 @@ def _convert(
         new.dimensions = ANY_DIMENSIONS if isinstance(old, nn.GroupNorm) else dimensions
         if is_batch_norm:
             new.inference = getattr(old, "inference", "population")
+            new.inference_scope = getattr(old, "inference_scope", None)
             return take_hooks(take_tensors(new, old), old)
     source = old.state_dict()
     if (like := next(iter(source.values()), surrounding)) is not None:
@@ -349,7 +373,7 @@ def _has_feature_maps(model: nn.Module, name: str) -> bool:
 
 def in_roi_heads(model: nn.Module, name: str) -> bool:
     """Whether a module is in the ROI heads of a model, or is them."""
-    return any(isinstance(model.get_submodule(part), ROIHeads) for part in lineage(name))
+    return bool(_roi_heads_around(model, name))
 
 
 def _scopes(model: nn.Module) -> set[Scope[Any]]:

@@ -13,17 +13,21 @@ from .batch_norms import (
     tracks_statistics,
 )
 from .collectives import Collectives, world_size
-from .convert import lineage, matches, replace_layers, set_inference
+from .convert import kept_inference, lineage, matches, replace_layers, set_inference
 from .functional import GroupStatistics, group_statistics, grouped_batch_norm
 from .kernels import KERNELS
 from .layer import INFERENCE, PartitionedBatchNorm2d, partitioned
 from .levels import LevelBatchNorm2d, LevelOptions
 from .partition import (
+    FORWARD,
     Groups,
+    ImagePartition,
     Partition,
+    ShufflePartition,
     build_partition,
     check_choice,
     images_per_virtual_worker,
+    inference_partition_names,
     partition_name,
     partition_names,
     register_partition,
@@ -31,17 +35,28 @@ from .partition import (
     virtual_share,
 )
 from .renorm import RenormSchedule
-from .scope import Rows, Scope, normalizes_in_training, set_clock, set_rows_per_image
+from .scope import (
+    InferenceScope,
+    Rows,
+    Scope,
+    normalizes_in_training,
+    register_announcer,
+    set_clock,
+    set_rows_per_image,
+)
 from .shuffle import ExchangePlan, exchange, plan_exchange, restore
 
 __all__ = [
     "ANY_DIMENSIONS",
+    "FORWARD",
     "INFERENCE",
     "KERNELS",
     "Collectives",
     "ExchangePlan",
     "GroupStatistics",
     "Groups",
+    "ImagePartition",
+    "InferenceScope",
     "LevelBatchNorm2d",
     "LevelOptions",
     "Partition",
@@ -49,6 +64,7 @@ __all__ = [
     "RenormSchedule",
     "Rows",
     "Scope",
+    "ShufflePartition",
     "TrackingBatchNorm",
     "as_maps",
     "build_partition",
@@ -58,8 +74,10 @@ __all__ = [
     "group_statistics",
     "grouped_batch_norm",
     "images_per_virtual_worker",
+    "inference_partition_names",
     "input_dimensions",
     "is_exact",
+    "kept_inference",
     "lineage",
     "matches",
     "normalizes_in_training",
@@ -67,6 +85,7 @@ __all__ = [
     "partition_names",
     "partitioned",
     "plan_exchange",
+    "register_announcer",
     "register_exact",
     "register_partition",
     "replace_layers",
