@@ -7,13 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from detectron2.layers import CycleBatchNormList, NaiveSyncBatchNorm
-from detectron2.modeling import Backbone, ROIHeads
-from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Instances
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.convnext import LayerNorm2d
 
+from ..detectors import detector_of, in_roi_heads, poolers, roi_heads
 from ..norm import (
     ANY_DIMENSIONS,
     LevelBatchNorm2d,
@@ -69,7 +68,8 @@ def convert_norm(
             "" is the model itself.
         options: of the BN kinds.
         rows_are_images: whether each row of the modules' input is an image, for partitions by
-            image. By default True outside the ROI heads of a Detectron2 model, else False.
+            image. By default True outside the ROI heads of a detector of Detectron2, torchvision
+            or another family that :mod:`bn_detection.detectors` knows, else False.
 
     Returns:
         The names of the converted layers.
@@ -200,15 +200,25 @@ def announce_images(model: nn.Module, name: str, scope: Scope[Any]) -> None:
     """
     head = model.get_submodule(name)
     scope.handles.append(head.register_forward_pre_hook(_rows_of_instances))
-    for ancestor in map(model.get_submodule, lineage(name)):
-        if isinstance(ancestor, ROIHeads):
-            for pooler in ancestor.modules():
-                if isinstance(pooler, ROIPooler):
-                    scope.handles.append(pooler.register_forward_pre_hook(_rows_of_boxes))
+    _announce_boxes(_roi_heads_around(model, name) or [model], scope)
 
 
-def _rows_of_boxes(pooler: nn.Module, args: tuple[Any, ...]) -> None:
-    set_rows_per_image([len(boxes) for boxes in args[1]])
+def _roi_heads_around(model: nn.Module, name: str) -> list[nn.Module]:
+    modules = map(model.get_submodule, lineage(name))
+    return [module for module in modules if isinstance(module, roi_heads())]
+
+
+def _announce_boxes(around: Iterable[nn.Module], scope: Scope[Any]) -> None:
+    known = tuple(poolers())
+    for heads in around:
+        for pooler in heads.modules():
+            if isinstance(pooler, known):
+                scope.handles.append(pooler.register_forward_pre_hook(_rows_of_pooler))
+
+
+def _rows_of_pooler(pooler: nn.Module, args: tuple[Any, ...]) -> None:
+    tell = next(tell for kind, tell in poolers().items() if isinstance(pooler, kind))
+    set_rows_per_image(tell(args))
 
 
 def _rows_of_instances(head: nn.Module, args: tuple[Any, ...]) -> None:
@@ -230,7 +240,7 @@ def _outermost(model: nn.Module, glob: str) -> Iterator[tuple[str, nn.Module]]:
         in_list = name != "" and name.rpartition(".")[0] in lists
         if not (matching or in_list) or any(name.startswith(f"{t}.") for t in taken):
             continue
-        if isinstance(module, nn.ModuleList | nn.ModuleDict | ROIHeads):
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict, *roi_heads())):
             lists.append(name)
             continue
         taken.append(name)
@@ -342,14 +352,8 @@ def _num_channels(layer: nn.Module) -> int:
 
 
 def _has_feature_maps(model: nn.Module, name: str) -> bool:
-    """Whether ``name`` is a part of a Detectron2 model outside its ROI heads."""
-    is_detector = any(isinstance(module, Backbone) for module in model.modules())
-    return is_detector and not in_roi_heads(model, name)
-
-
-def in_roi_heads(model: nn.Module, name: str) -> bool:
-    """Whether a module is in the ROI heads of a model, or is them."""
-    return any(isinstance(model.get_submodule(part), ROIHeads) for part in lineage(name))
+    """Whether ``name`` is a part of a detector of a known family outside its ROI heads."""
+    return detector_of(model).maps_are_images and not in_roi_heads(model, name)
 
 
 def _scopes(model: nn.Module) -> set[Scope[Any]]:

@@ -14,8 +14,9 @@ from detectron2.layers import CycleBatchNormList
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..detectors import in_roi_heads
 from ..estimate import Estimate
-from ..heads import FROZEN, in_roi_heads
+from ..heads import FROZEN
 from ..norm import (
     Groups,
     GroupStatistics,

@@ -1,0 +1,1 @@
+"""The instrument in Python: any detector that is built, and its images."""
