@@ -44,6 +44,10 @@ def add_bn_detection_config(cfg: CfgNode) -> None:
     # What inference normalizes with: "population" (the running statistics) or "batch" (the
     # statistics of the current forward on this process).
     cfg.BN.INFERENCE = "population"
+    # Which RoIs (or feature maps) of a forward share the statistics of "batch": "forward" (all of
+    # them), "image" (those of an image), "shuffle" (as many random ones of all its images; whole
+    # feature maps of all), "ghost" (BN.GHOST.SIZE random ones), or a partition of one's own.
+    cfg.BN.INFERENCE_PARTITION = "forward"
     # Images in a forward of an evaluation on each worker; only "batch" depends on it.
     cfg.BN.INFERENCE_BATCH_SIZE = 1
     # Layers to convert after the model is built: [[glob over module names, norm], ...]. The norm is

@@ -23,11 +23,13 @@ from ..heads import (
     norm_names,
 )
 from ..norm import (
+    FORWARD,
     INFERENCE,
     KERNELS,
     LevelOptions,
     build_partition,
     check_choice,
+    inference_partition_names,
     partition_names,
 )
 from ..population import AFFINE, ESTIMATORS, ROIS
@@ -171,6 +173,7 @@ def _check_bn(cfg: CfgNode) -> None:
         raise ConfigError(
             f"BN.INFERENCE_BATCH_SIZE {node.INFERENCE_BATCH_SIZE}: it must be at least 1."
         )
+    _check_inference_partition(node)
     if not 0 < node.MOMENTUM <= 1:
         raise ConfigError(f"BN.MOMENTUM {node.MOMENTUM}: it must be above 0 and at most 1.")
     if node.EPS <= 0:
@@ -194,6 +197,21 @@ def _check_bn(cfg: CfgNode) -> None:
             raise ConfigError(f"BN.TRACE.{key} {node.TRACE[key]}: it must be at least {minimum}.")
 
 
+def _check_inference_partition(node: CfgNode) -> None:
+    name = node.INFERENCE_PARTITION
+    _check_choice("BN.INFERENCE_PARTITION", name, inference_partition_names())
+    if name != FORWARD and node.INFERENCE != "batch":
+        raise ConfigError(
+            f'BN.INFERENCE_PARTITION "{name}" divides the RoIs of a batch, and BN.INFERENCE is '
+            f'"{node.INFERENCE}"; set BN.INFERENCE "batch".'
+        )
+    if name == "shuffle" and node.INFERENCE_BATCH_SIZE < 2:
+        raise ConfigError(
+            'BN.INFERENCE_PARTITION "shuffle" mixes the RoIs of several images, and a forward has '
+            "1; set BN.INFERENCE_BATCH_SIZE 8, or more."
+        )
+
+
 def _check_partitions(cfg: CfgNode) -> None:
     node = cfg.BN
     for entry in node.PARTITION_OPTIONS:
@@ -212,6 +230,7 @@ def _check_partitions(cfg: CfgNode) -> None:
     used |= {f"{key}.NORM": head.NORM for key, head, _ in _heads(cfg)}
     used |= {"MODEL.RETINANET.NORM": cfg.MODEL.RETINANET.NORM}
     used |= {f"BN.CONVERT {entry}": entry[1] for entry in node.CONVERT}
+    used |= {"BN.INFERENCE_PARTITION": node.INFERENCE_PARTITION}
     used = {key: norm for key, norm in used.items() if norm in users}
     for key, norm in used.items():
         try:

@@ -32,6 +32,7 @@ from ..data import (
     register_datasets,
 )
 from ..files import FolderLock, make_folder, replacing
+from ..norm import FORWARD
 from ..shipped import find_config
 from ..workers import restarted
 from .checkpoint import last_checkpoint
@@ -204,11 +205,14 @@ def check_dataset_names(cfg: CfgNode) -> None:
 def evaluation_folder(cfg: CfgNode, resume: bool) -> str:
     """Where ``--eval-only`` leaves its results: a folder a checkpoint and kind of statistics.
 
-    ``OUTPUT_DIR/eval_<checkpoint>_<BN.INFERENCE>``.
+    ``OUTPUT_DIR/eval_<checkpoint>_<BN.INFERENCE>``, and ``_<BN.INFERENCE_PARTITION>`` if it is not
+    "forward".
     """
     checkpoint = last_checkpoint(cfg.OUTPUT_DIR) if resume else None
     stem = Path(checkpoint or cfg.MODEL.WEIGHTS or "random_weights").stem
-    return os.path.join(cfg.OUTPUT_DIR, f"eval_{stem}_{cfg.BN.INFERENCE}")
+    partition = cfg.BN.INFERENCE_PARTITION
+    kind = cfg.BN.INFERENCE + ("" if partition == FORWARD else f"_{partition}")
+    return os.path.join(cfg.OUTPUT_DIR, f"eval_{stem}_{kind}")
 
 
 def installed_versions() -> dict[str, str]:

@@ -228,7 +228,9 @@ class Trainer(DefaultTrainer):
         results = super().test(cfg, model, evaluators)
         if results and comm.is_main_process():
             os.makedirs(folder, exist_ok=True)
-            summary = {"BN.INFERENCE": cfg.BN.INFERENCE, "results": _without_nan(results)}
+            keys = ("INFERENCE", "INFERENCE_PARTITION")
+            summary = {f"BN.{key}": cfg.BN[key] for key in keys}
+            summary["results"] = _without_nan(results)
             Path(folder, "results.json").write_text(json.dumps(summary, indent=2) + "\n")
             report_unreadable(cfg.OUTPUT_DIR)
         return results

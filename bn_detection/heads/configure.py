@@ -6,7 +6,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from ..config import ConfigError
-from ..norm import LevelBatchNorm2d, PartitionedBatchNorm2d, set_inference
+from ..norm import FORWARD, LevelBatchNorm2d, Partition, PartitionedBatchNorm2d, set_inference
 from .convert import announce_images, convert_norm
 from .norms import BNOptions
 from .roi_heads import PartitionedHead
@@ -47,7 +47,10 @@ def configure_model(cfg: CfgNode, model: nn.Module) -> nn.Module:
             average_losses_over_virtual_workers(model, cfg.BN.VIRTUAL_WORKERS)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-    selected = set_inference(model, cfg.BN.INFERENCE, cfg.BN.MODULES)
+    partition: str | Partition = cfg.BN.INFERENCE_PARTITION
+    if partition != FORWARD:
+        partition = BNOptions.from_config(cfg).partition(cfg.BN.INFERENCE_PARTITION)
+    selected = set_inference(model, cfg.BN.INFERENCE, cfg.BN.MODULES, partition=partition)
     if cfg.BN.INFERENCE == "batch" and not selected:
         raise ConfigError(
             f'BN.INFERENCE is "batch", but the model has no BN layer in BN.MODULES '

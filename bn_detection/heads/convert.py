@@ -15,6 +15,7 @@ from torchvision.models.convnext import LayerNorm2d
 from ..detectors import detector_of, in_roi_heads, poolers, roi_heads
 from ..norm import (
     ANY_DIMENSIONS,
+    InferenceScope,
     LevelBatchNorm2d,
     PartitionedBatchNorm2d,
     Scope,
@@ -23,6 +24,7 @@ from ..norm import (
     is_exact,
     lineage,
     matches,
+    register_announcer,
     register_exact,
     replace_layers,
     set_rows_per_image,
@@ -200,12 +202,25 @@ def announce_images(model: nn.Module, name: str, scope: Scope[Any]) -> None:
     """
     head = model.get_submodule(name)
     scope.handles.append(head.register_forward_pre_hook(_rows_of_instances))
-    _announce_boxes(_roi_heads_around(model, name) or [model], scope)
+    _announce_boxes(_roi_heads_around(model, name), scope)
+
+
+@register_announcer
+def _announce_at_inference(
+    model: nn.Module, names: list[str], scope: InferenceScope[Any]
+) -> set[str]:
+    around = {heads for name in names for heads in _roi_heads_around(model, name)}
+    _announce_boxes(around, scope)
+    for heads in around:
+        for head in heads.children():
+            scope.handles.append(head.register_forward_pre_hook(_rows_of_instances))
+    return {name for name in names if _has_feature_maps(model, name)}
 
 
 def _roi_heads_around(model: nn.Module, name: str) -> list[nn.Module]:
+    """The ROI heads that a module is in; of a model of no known family the model itself."""
     modules = map(model.get_submodule, lineage(name))
-    return [module for module in modules if isinstance(module, roi_heads())]
+    return [m for m in modules if isinstance(m, roi_heads())] or [model]
 
 
 def _announce_boxes(around: Iterable[nn.Module], scope: Scope[Any]) -> None:
@@ -309,6 +324,7 @@ def _convert(
         new.dimensions = ANY_DIMENSIONS if isinstance(old, nn.GroupNorm) else dimensions
         if is_batch_norm:
             new.inference = getattr(old, "inference", "population")
+            new.inference_scope = getattr(old, "inference_scope", None)
             return take_hooks(take_tensors(new, old), old)
     source = old.state_dict()
     if (like := next(iter(source.values()), surrounding)) is not None:

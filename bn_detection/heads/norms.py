@@ -17,6 +17,7 @@ from ..norm import (
     Groups,
     LevelBatchNorm2d,
     LevelOptions,
+    Partition,
     PartitionedBatchNorm2d,
     RenormSchedule,
     Scope,
@@ -106,6 +107,19 @@ class BNOptions:
             kernels=cfg.BN.KERNELS,
         )
 
+    def partition(self, name: str) -> Partition:
+        """The partition registered under ``name``, with these options.
+
+        Raises:
+            ValueError: an unknown name, or options that it does not take.
+        """
+        return build_partition(
+            name,
+            virtual_workers=self.virtual_workers,
+            ghost_size=self.ghost_size,
+            **({} if name in _PARTITIONS.values() else self.partition_options),
+        )
+
 
 class NormFactory:
     """Makes the normalization layers of one head; they share their groups.
@@ -141,12 +155,7 @@ class NormFactory:
             # The head moves each RoI to the worker of its group, which is BN per worker then.
             name = "worker"
             self.shuffle = Scope(plan_exchange, seed=options.shuffle_seed, needs_counts=True)
-        self._partition = build_partition(
-            name,
-            virtual_workers=options.virtual_workers,
-            ghost_size=options.ghost_size,
-            **({} if name in _PARTITIONS.values() else options.partition_options),
-        )
+        self._partition = options.partition(name)
         needs_groups = name != "world" and (name != "worker" or options.virtual_workers > 1)
         if needs_groups:
             self.scope = Scope(

@@ -32,19 +32,24 @@ def normalizing(module: nn.Module, mode: str) -> Iterator[None]:
         mode: one of :data:`MODES`; all but "population" use the statistics of the forward.
     """
     layers = batch_norms(module).values()
-    ours = {layer: layer.inference for layer in layers if isinstance(layer, PartitionedBatchNorm2d)}
+    ours = {
+        layer: (layer.inference, layer.inference_scope)
+        for layer in layers
+        if isinstance(layer, PartitionedBatchNorm2d)
+    }
     stock = [] if mode == "population" else [layer for layer in layers if layer not in ours]
     buffers = {layer: dict(layer._buffers) for layer in stock}
     try:
         for own in ours:
             own.inference = "population" if mode == "population" else "batch"
+            own.inference_scope = None
         for layer in stock:
             # torch's BatchNorm without running statistics uses the batch in eval mode.
             layer._buffers.update(running_mean=None, running_var=None)
         yield
     finally:
-        for own, inference in ours.items():
-            own.inference = inference
+        for own, (inference, scope) in ours.items():
+            own.inference, own.inference_scope = inference, scope
         for layer in stock:
             layer._buffers.update(buffers[layer])
 

@@ -19,11 +19,15 @@ from .kernels import KERNELS
 from .layer import INFERENCE, PartitionedBatchNorm2d, partitioned
 from .levels import LevelBatchNorm2d, LevelOptions
 from .partition import (
+    FORWARD,
     Groups,
+    ImagePartition,
     Partition,
+    ShufflePartition,
     build_partition,
     check_choice,
     images_per_virtual_worker,
+    inference_partition_names,
     partition_name,
     partition_names,
     register_partition,
@@ -31,17 +35,28 @@ from .partition import (
     virtual_share,
 )
 from .renorm import RenormSchedule
-from .scope import Rows, Scope, normalizes_in_training, set_clock, set_rows_per_image
+from .scope import (
+    InferenceScope,
+    Rows,
+    Scope,
+    normalizes_in_training,
+    register_announcer,
+    set_clock,
+    set_rows_per_image,
+)
 from .shuffle import ExchangePlan, exchange, plan_exchange, restore
 
 __all__ = [
     "ANY_DIMENSIONS",
+    "FORWARD",
     "INFERENCE",
     "KERNELS",
     "Collectives",
     "ExchangePlan",
     "GroupStatistics",
     "Groups",
+    "ImagePartition",
+    "InferenceScope",
     "LevelBatchNorm2d",
     "LevelOptions",
     "Partition",
@@ -49,6 +64,7 @@ __all__ = [
     "RenormSchedule",
     "Rows",
     "Scope",
+    "ShufflePartition",
     "TrackingBatchNorm",
     "as_maps",
     "build_partition",
@@ -58,6 +74,7 @@ __all__ = [
     "group_statistics",
     "grouped_batch_norm",
     "images_per_virtual_worker",
+    "inference_partition_names",
     "input_dimensions",
     "is_exact",
     "lineage",
@@ -67,6 +84,7 @@ __all__ = [
     "partition_names",
     "partitioned",
     "plan_exchange",
+    "register_announcer",
     "register_exact",
     "register_partition",
     "replace_layers",

@@ -6,11 +6,20 @@ import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .batch_norms import check_initialized, is_exact, tracks_statistics
 from .layer import INFERENCE, PartitionedBatchNorm2d, partitioned
-from .partition import check_choice
+from .partition import (
+    FORWARD,
+    Groups,
+    Partition,
+    build_partition,
+    check_choice,
+    inference_partition_names,
+)
+from .scope import InferenceScope, announce_rows
 
 
 def matches(name: str, globs: Iterable[str]) -> bool:
@@ -24,7 +33,14 @@ def lineage(name: str) -> list[str]:
     return [".".join(parts[:k]) for k in range(len(parts) + 1)]
 
 
-def set_inference(model: nn.Module, mode: str, modules: Sequence[str]) -> list[str]:
+def set_inference(
+    model: nn.Module,
+    mode: str,
+    modules: Sequence[str],
+    *,
+    partition: str | Partition = FORWARD,
+    rows_are_images: bool | None = None,
+) -> list[str]:
     """Choose the statistics that BN layers use at inference, in place.
 
     ``batch`` replaces a layer of torch by a :class:`PartitionedBatchNorm2d` with the same weights,
@@ -33,52 +49,97 @@ def set_inference(model: nn.Module, mode: str, modules: Sequence[str]) -> list[s
     they do already.
 
     Args:
-        model: the model to change.
+        model: the model to change, the one that is called: a forward of it is a batch.
         mode: ``population`` or ``batch``.
         modules: globs (``fnmatch``) over the names of the layers to change.
+        partition: which rows of a forward share the statistics of ``batch``: ``forward``, all of
+            them; ``image``, those of an image; ``shuffle``, as many random ones of all images; or
+            another of :func:`inference_partition_names`, or a :class:`Partition`.
+        rows_are_images: whether each row of the layers' input is an image, where a partition asks.
+            By default it is known of Detectron2's models; in others :func:`set_rows_per_image`
+            says which images the rows are of.
 
     Returns:
         The names of the layers that the globs select.
 
     Raises:
-        ValueError: for an unknown mode, or a lazy layer that has not been run.
+        ValueError: for an unknown mode or partition, a partition of ``population``, or a lazy layer
+            that has not been run. A forward raises it where a partition asks for the images of
+            rows and nothing says them.
     """
     check_choice("inference", mode, INFERENCE)
+    if isinstance(partition, str):
+        check_choice("inference partition", partition, inference_partition_names())
+        if partition != FORWARD:
+            partition = build_partition(partition)
+    if mode == "population" and partition != FORWARD:
+        raise ValueError("inference is population, and a partition divides the rows of a batch.")
     # A layer that tracks no statistics uses those of the batch already.
     selected = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
         if matches(name, modules) and tracks_statistics(module)
     }
-    layers = set(selected.values())
+    scopes = {} if isinstance(partition, str) else _scopes(model, selected, partition)
+    if rows_are_images is not None:
+        for layer_scope in scopes.values():
+            layer_scope.rows_are_images = rows_are_images
+    layers = {module: scopes.get(name) for name, module in selected.items()}
+    previous = _inference_scopes(model)
 
     def replacement(name: str, module: nn.Module) -> nn.Module | None:
         if module not in layers:
             return None
         check_initialized(name, module)
-        if isinstance(module, PartitionedBatchNorm2d):
-            module.inference = mode
-        elif not is_exact(module):
-            _without_statistics(module, mode == "batch")
-        elif mode == "batch":
-            partition = "world" if isinstance(module, nn.SyncBatchNorm) else "worker"
-            layer = partitioned(module, partition=partition, inference=mode)
+        layer = module
+        if not isinstance(layer, PartitionedBatchNorm2d):
+            if not is_exact(layer):
+                _without_statistics(layer, mode == "batch", layers[module])
+                return None
+            if mode == "population":
+                return None
+            of_training = "world" if isinstance(layer, nn.SyncBatchNorm) else "worker"
+            layer = partitioned(layer, partition=of_training)
             layer.rename(name)
-            return layer
-        return None
+        layer.inference, layer.inference_scope = mode, layers[module]
+        return layer
 
     replace_layers(model, replacement)
+    for scope in previous - _inference_scopes(model):
+        scope.detach()
     return list(selected)
+
+
+def _scopes(
+    model: nn.Module, names: Iterable[str], partition: Partition
+) -> dict[str, InferenceScope[Groups]]:
+    """By the name of a layer, what divides its rows: one for all RoIs, one for all images."""
+    rois, images = (
+        InferenceScope(partition.inference_groups, rows_are_images=flag) for flag in (False, True)
+    )
+    of_images = announce_rows(model, list(names), rois)
+    scopes = {name: images if name in of_images else rois for name in names}
+    for scope in set(scopes.values()):
+        scope.attach(model)
+    return scopes
+
+
+def _inference_scopes(model: nn.Module) -> set[InferenceScope[Groups]]:
+    owners = [owner for layer in model.modules() for owner in (layer, *_takers(layer))]
+    found = (getattr(owner, "inference_scope", None) for owner in owners)
+    return {scope for scope in found if isinstance(scope, InferenceScope)}
 
 
 class _Without:
     """Takes the running statistics of a BN layer away while it runs in eval mode.
 
-    torch's BatchNorm, and what is derived from it, then normalizes with the batch.
+    torch's BatchNorm, and what is derived from it, then normalizes with the batch; with each group
+    of the ``inference_scope``, if there is one.
     """
 
     def __init__(self) -> None:
         self.enabled = True
+        self.inference_scope: InferenceScope[Groups] | None = None
         self._taken: dict[str, Tensor | None] = {}
 
     def take(self, layer: nn.Module, args: Any) -> None:
@@ -86,20 +147,38 @@ class _Without:
             self._taken = {key: layer._buffers[key] for key in ("running_mean", "running_var")}
             layer._buffers.update(dict.fromkeys(self._taken))
 
-    def give_back(self, layer: nn.Module, args: Any, output: Any) -> None:
-        layer._buffers.update(self._taken)
-        self._taken = {}
+    def give_back(self, layer: nn.Module, args: Any, output: Any) -> Any:
+        try:
+            if self._taken and self.inference_scope is not None and isinstance(output, Tensor):
+                return _by_group(layer, args[0], self.inference_scope.get(layer, args[0]))
+            return output
+        finally:
+            layer._buffers.update(self._taken)
+            self._taken = {}
 
 
-def _without_statistics(layer: nn.Module, without: bool) -> None:
+def _by_group(layer: nn.Module, x: Tensor, groups: Groups) -> Tensor:
+    """A layer's forward on each group of rows by itself."""
+    ids = x.new_zeros(len(x)) if groups.ids is None else groups.ids
+    rows = [torch.nonzero(ids == group).flatten() for group in range(groups.number)]
+    outputs = [layer.forward(x[of_group]) for of_group in rows if len(of_group)]
+    return torch.cat(outputs)[torch.argsort(torch.cat(rows))] if outputs else x
+
+
+def _takers(layer: nn.Module) -> list[_Without]:
     owners = [getattr(hook, "__self__", None) for hook in layer._forward_pre_hooks.values()]
-    known = [owner for owner in owners if isinstance(owner, _Without)]
-    for owner in known:
-        owner.enabled = without
-    if without and not known:
+    return [owner for owner in owners if isinstance(owner, _Without)]
+
+
+def _without_statistics(
+    layer: nn.Module, without: bool, scope: InferenceScope[Groups] | None
+) -> None:
+    if without and not _takers(layer):
         owner = _Without()
         layer.register_forward_pre_hook(owner.take)
         layer.register_forward_hook(owner.give_back, always_call=True)
+    for owner in _takers(layer):
+        owner.enabled, owner.inference_scope = without, scope
 
 
 def replace_layers(

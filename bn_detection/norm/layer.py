@@ -23,7 +23,7 @@ from .functional import AllReduce, GroupStatistics, group_statistics, grouped_ba
 from .kernels import KERNELS
 from .partition import Groups, Partition, build_partition, check_choice
 from .renorm import RenormSchedule
-from .scope import Forwards, Scope, in_backward
+from .scope import Forwards, InferenceScope, Scope, in_backward
 
 INFERENCE = ("population", "batch")
 
@@ -67,6 +67,8 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
             cumulative average, as in ``nn.BatchNorm2d``.
 
     Attributes:
+        inference_scope: what divides the rows of a forward of inference ``batch`` into groups; None
+            where they are one (:func:`bn_detection.set_inference`).
         observer: if set, gets the mini-batch statistics of each training forward, and whether their
             groups span workers; the running statistics then move only if it returns True.
 
@@ -102,6 +104,7 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
         super().__init__(num_features, eps=eps, momentum=momentum, affine=affine)
         self.partition = build_partition(partition) if isinstance(partition, str) else partition
         self.inference = check_choice("inference", inference, INFERENCE)
+        self.inference_scope: InferenceScope[Groups] | None = None
         self.renorm = renorm
         self.kernels = check_choice("kernels", kernels, KERNELS)
         self.dimensions = dimensions
@@ -132,6 +135,8 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
         bias = self.bias if bias is None else bias
         if not self.training:
             use_batch = self.inference == "batch"
+            if use_batch and self.inference_scope is not None:
+                return self._divided(input, weight, bias, self.inference_scope)
             mean, var = (None, None) if use_batch else (self.running_mean, self.running_var)
             return self._batch_norm(input, weight, bias, mean, var, use_batch, 0.0)
         spans = self.spans_workers
@@ -140,6 +145,20 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
             return self._fused(input, weight, bias)
         y: Tensor = self._grouped(input, weight, bias, fused)
         return y
+
+    @torch.compiler.disable
+    def _divided(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scope: InferenceScope[Groups],
+    ) -> Tensor:
+        shape, x = x.shape, as_maps(x)
+        groups = scope.get(self, x)
+        statistics = group_statistics(x, groups, kernels=self.kernels)
+        y = grouped_batch_norm(x, weight, bias, statistics, groups, self.eps, kernels=self.kernels)
+        return y.reshape(shape)
 
     def _fused(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         batch_norm = partial(self._batch_norm, x, weight, bias)

@@ -1,4 +1,4 @@
-"""Partitions: which rows share a mean and a variance in training.
+"""Partitions: which rows share a mean and a variance, in training and in a forward of inference.
 
 A partition answers one question: the group of every row of this worker, and whether groups span
 workers. A new one is a subclass with one method, registered under a name::
@@ -58,6 +58,15 @@ class Partition:
         """
         raise NotImplementedError
 
+    def inference_groups(self, rows: Rows) -> Groups:
+        """The groups of one call at inference, where a process is alone; those of training, unless
+        they would follow from the number of workers.
+
+        Args:
+            rows: of the current forward.
+        """
+        return self.groups(rows)
+
     def checked_groups(self, rows: Rows) -> Groups:
         """:meth:`groups`, whose number is the same on all workers if groups span them.
 
@@ -75,6 +84,9 @@ class Partition:
         """Whether all rows of a worker are one group, so that :meth:`groups` need not be asked."""
         return False
 
+
+FORWARD = "forward"
+"""The partition of inference that has one group: all rows of the current forward."""
 
 P = TypeVar("P", bound=type[Partition])
 _REGISTRY: dict[str, type[Partition]] = {}
@@ -105,6 +117,12 @@ def partition_name(partition: Partition) -> str:
     """The name that its class is registered under, or that of the class."""
     names = {cls: name for name, cls in _REGISTRY.items()}
     return names.get(type(partition), type(partition).__name__)
+
+
+def inference_partition_names() -> tuple[str, ...]:
+    """What can divide a forward of inference: not what divides the rows of many workers."""
+    others = (name for name in partition_names() if name not in ("worker", "world"))
+    return (FORWARD, *others)
 
 
 def build_partition(
@@ -186,20 +204,33 @@ class ShufflePartition(Partition):
 
     *Rethinking "Batch" in BatchNorm*, Figure 9 and Table 6, without moving a row.
 
+    At inference there are as many groups as images (or sets of ``images_per_group`` of them). Rows
+    that are images cannot be mixed any finer: they are one group.
+
     Args:
         virtual_workers: number of groups, a multiple of the number of processes; 0: that number.
+        images_per_group: images that have as many rows as a group at inference, on average.
     """
 
     spans_workers = True
     needs_counts = True
     number_is_known = True
 
-    def __init__(self, virtual_workers: int = 0) -> None:
+    def __init__(self, virtual_workers: int = 0, images_per_group: int = 1) -> None:
         self.virtual_workers = virtual_workers
+        self.images_per_group = images_per_group
 
     @property
     def is_whole_batch(self) -> bool:
         return max(self.virtual_workers, world_size()) == 1
+
+    def inference_groups(self, rows: Rows) -> Groups:
+        if rows.are_images:
+            return Groups(None, 1)
+        images = sum(count > 0 for count in rows.per_image())
+        number = max(-(-images // self.images_per_group), 1)
+        (ids,) = shuffled_groups([rows.count], number, rows.seed)
+        return Groups(rows.to_device(ids), number)
 
     def groups(self, rows: Rows) -> Groups:
         number = virtual_share(self.virtual_workers) * rows.world_size
@@ -238,10 +269,18 @@ class GhostPartition(Partition):
 
 @register_partition("image")
 class ImagePartition(Partition):
-    """The rows of an image: all its RoIs, or its feature map."""
+    """The rows of an image: all its RoIs, or its feature map.
+
+    Args:
+        images_per_group: consecutive images that share a group.
+    """
+
+    def __init__(self, images_per_group: int = 1) -> None:
+        self.images_per_group = images_per_group
 
     def groups(self, rows: Rows) -> Groups:
-        return Groups(rows.images(), len(rows.per_image()))
+        number = -(-len(rows.per_image()) // self.images_per_group)
+        return Groups(rows.images() // self.images_per_group, number)
 
 
 def shuffled_groups(counts: list[int], number: int, seed: int) -> list[Tensor]:

@@ -43,8 +43,9 @@ def set_clock(clock: Callable[[], int | None]) -> None:
 def set_rows_per_image(counts: Sequence[int]) -> None:
     """Say which images the rows (RoIs) of the next forward of a head come from.
 
-    It holds for one training forward of a head that shares groups. Detectron2's poolers and heads
-    do it when the head is one of this project or converted.
+    It holds for one training forward of a head that shares groups; at inference until the next
+    time. Detectron2's poolers and heads do it when the head is one of this project or converted, or
+    has a partition at inference.
 
     Args:
         counts: number of rows of each image of this worker, in the order of the rows.
@@ -91,7 +92,8 @@ class Rows:
         owner: name of the module that was called.
         count: number of rows of this worker.
         device: of the activations.
-        rank: of this worker.
+        are_images: whether each row is an image.
+        rank: of this worker; at inference it is alone.
         world_size: number of workers.
         collectives: of the module.
     """
@@ -100,7 +102,8 @@ class Rows:
         self.owner = scope.owner
         self.count = x.shape[0]
         self.device = x.device
-        self.rank, self.world_size = rank(), world_size()
+        self.are_images = scope.rows_are_images
+        self.rank, self.world_size = (0, 1) if scope.is_alone else (rank(), world_size())
         self.collectives = scope.collectives
         self._scope = scope
         self._key = f"{scope.name}/{iteration}/{call}"
@@ -146,7 +149,7 @@ class Rows:
         Raises:
             ValueError: it is unknown which image a row belongs to.
         """
-        self.asked_for_images = not self._scope.rows_are_images
+        self.asked_for_images = not self.are_images
         counts = _rows_per_image if self.asked_for_images else [1] * self.count
         if counts is None or sum(counts) != self.count:
             known = "nothing says which image each belongs to"
@@ -252,6 +255,9 @@ class Scope(Generic[T]):
         needs_counts: whether ``make`` asks for the row counts of all workers, which are then
             exchanged while the first layers run.
     """
+
+    #: Whether a call is of this process, whatever the number of workers.
+    is_alone = False
 
     def __init__(
         self,
@@ -381,6 +387,64 @@ class Scope(Generic[T]):
         )
         self._iteration = iteration
         return _Call(iteration, self._calls_in_iteration)
+
+
+class InferenceScope(Scope[T]):
+    """Makes the values of a model's forwards at inference, on this process alone.
+
+    Layers of a forward that have the same rows get the same value. It is reproducible: random
+    values follow from the training iteration and the number of forwards in it.
+    """
+
+    is_alone = True
+
+    def __init__(self, make: Callable[[Rows], T], *, rows_are_images: bool = False) -> None:
+        super().__init__(make, seed=0, rows_are_images=rows_are_images)
+
+    def attach(self, module: nn.Module) -> None:
+        """Make each forward of ``module`` a call."""
+        self.handles.append(module.register_forward_pre_hook(self._enter))
+
+    def get(self, layer: nn.Module, x: Tensor) -> T:
+        """The value of the current call for the rows of ``x``, ``(N, ...)``.
+
+        Args:
+            layer: that asks, at inference with the batch.
+            x: its input.
+        """
+        if self._open is None:  # a part of the model was called
+            self._open = self._begin(layer)
+        return self.make(Rows(x, self, self._open.iteration, self._open.number))
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self._open = self._begin(module)
+
+
+Announcer = Callable[[nn.Module, list[str], InferenceScope[Any]], set[str]]
+_announcers: list[Announcer] = []
+
+
+def register_announcer(announce: Announcer) -> Announcer:
+    """Have ``announce`` tell the images of the rows of layers, for models of a family.
+
+    Args:
+        announce: takes a model, names of its layers and a scope; gives the names of the layers
+            whose rows are images, and adds hooks to the scope's ``handles`` that call
+            :func:`set_rows_per_image` before the others.
+    """
+    _announcers.append(announce)
+    return announce
+
+
+def announce_rows(model: nn.Module, names: list[str], scope: InferenceScope[Any]) -> set[str]:
+    """The names of the layers whose rows are images, by all registered announcers.
+
+    Args:
+        model: any model.
+        names: of its layers.
+        scope: keeps the hooks that say which images the RoIs of the others are of.
+    """
+    return {name for announce in _announcers for name in announce(model, names, scope)}
 
 
 def _describe(layer: nn.Module) -> str:
