@@ -5,10 +5,12 @@ from .detector import (
     FormError,
     Sample,
     detector_of,
+    find_maps,
     in_roi_heads,
     poolers,
     register_detector,
     roi_heads,
+    rows_are_images,
 )
 from .detectron2_models import Detectron2Detector
 from .torchvision_models import TorchvisionDetector
@@ -20,8 +22,10 @@ __all__ = [
     "Sample",
     "TorchvisionDetector",
     "detector_of",
+    "find_maps",
     "in_roi_heads",
     "poolers",
     "register_detector",
     "roi_heads",
+    "rows_are_images",
 ]

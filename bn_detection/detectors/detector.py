@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +139,50 @@ def roi_heads() -> tuple[type[nn.Module], ...]:
 def in_roi_heads(model: nn.Module, name: str) -> bool:
     """Whether a module is in the ROI heads of a model, or is them."""
     return any(isinstance(model.get_submodule(part), roi_heads()) for part in lineage(name))
+
+
+_maps: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
+"""Of models of no known family, the layers whose rows are images."""
+
+
+def rows_are_images(model: nn.Module, name: str) -> bool:
+    """Whether each row of a module's input is an image, as far as that is known.
+
+    Args:
+        model: the whole model.
+        name: of the module.
+    """
+    if in_roi_heads(model, name):
+        return False
+    return detector_of(model).maps_are_images or name in _maps.get(model, ())
+
+
+@torch.no_grad()
+def find_maps(detector: Detector, layers: Mapping[str, nn.Module], samples: list[Sample]) -> None:
+    """Learn of a model of no known family which layers have as many rows as there are images.
+
+    Args:
+        detector: its model in eval mode.
+        layers: by name.
+        samples: two images.
+    """
+    found = set(layers)
+    for number in (1, 2):
+
+        def see(name: str, x: Tensor, number: int = number) -> None:
+            if x.shape[0] != number:
+                found.discard(name)
+
+        handles = [
+            layer.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
+            for name, layer in layers.items()
+        ]
+        try:
+            detector.forward(samples[:number])
+        finally:
+            for handle in handles:
+                handle.remove()
+    _maps[detector.model] = frozenset(found)
 
 
 def poolers() -> dict[type[nn.Module], Callable[[tuple[Any, ...]], Sequence[int]]]:

@@ -9,6 +9,7 @@ import torch
 from detectron2.modeling import Backbone, ROIHeads
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from .detector import Detector, FormError, Sample, register_detector
@@ -50,7 +51,8 @@ class Detectron2Detector(Detector):
         return self._in_rgb(item["image"].float() / 255), target
 
     def forward(self, samples: Sequence[Sample]) -> Any:
-        return self.model([self._dict(*sample) for sample in samples])
+        with EventStorage(0):  # which losses and samplers write to
+            return self.model([self._dict(*sample) for sample in samples])
 
     def detect(self, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
         found = []

@@ -16,7 +16,6 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from fvcore.nn import update_bn_stats
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from ..config import ConfigError
@@ -33,7 +32,8 @@ from ..population import (
     batch_norms_in_training,
     collect_statistics,
     describe_batch_norms,
-    statistics_change,
+    record_change,
+    table_of_changes,
     untouched,
 )
 from .checkpoint import StrictCheckpointer, save_atomically
@@ -43,8 +43,6 @@ from .setup import begin, installed_versions, load_config, register_datasets
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
-
-_ROWS_SHOWN = 12
 
 
 def preflight_recalibration(args: argparse.Namespace) -> str:
@@ -151,7 +149,9 @@ def recalibrate(args: argparse.Namespace) -> None:
         "modules": list(cfg.BN.MODULES),
         "versions": installed_versions(),
     }
-    by_layer = {name: _record(model, name, new) for name, new in statistics.items()}
+    by_layer = {
+        name: record_change(model.get_submodule(name), new) for name, new in statistics.items()
+    }
     apply_statistics(model, statistics)
     if comm.is_main_process():
         report_unreadable(cfg.OUTPUT_DIR)
@@ -165,7 +165,7 @@ def recalibrate(args: argparse.Namespace) -> None:
             "ln(new std / old std).\n%s",
             len(by_layer),
             num_images,
-            _table(by_layer),
+            table_of_changes(by_layer),
         )
         logger.info("Wrote %s and %s", output, _record_path(output))
         logger.info("Evaluate it:\n%s", _evaluation_command(args))
@@ -235,30 +235,6 @@ def _collect_by_fvcore(
     return found
 
 
-def _record(model: nn.Module, name: str, new: PopulationStatistics) -> dict[str, Any]:
-    """What the record says of a layer."""
-    record: dict[str, Any] = {"values": new.count}
-    if new.count < 2:  # it keeps its statistics
-        return record
-    change = statistics_change(model.get_submodule(name), new)
-    channel = change.largest_channel
-    return record | {
-        "relative_standard_error": _or_none(new.relative_error),
-        "change_of_mean": _or_none(change.rms_mean),
-        "change_of_log_std": _or_none(change.rms_std),
-        "largest": {
-            "channel": channel,
-            "change_of_mean": _or_none(change.mean[channel].item()),
-            "change_of_log_std": _or_none(change.std[channel].item()),
-        },
-    }
-
-
-def _or_none(value: float) -> float | None:
-    """JSON has no nan."""
-    return value if math.isfinite(value) else None
-
-
 def _write(
     output: Path, model: nn.Module, thing_classes: list[str] | None, record: dict[str, Any]
 ) -> None:
@@ -268,32 +244,6 @@ def _write(
     with replacing(_record_path(output)) as file:
         file.write_text(json.dumps(record, indent=2) + "\n")
         save_atomically(weights, str(output))
-
-
-def _table(by_layer: dict[str, dict[str, Any]]) -> str:
-    def size(record: dict[str, Any]) -> float:
-        changes = (record.get("change_of_mean"), record.get("change_of_log_std"))
-        return max((change for change in changes if change is not None), default=-1.0)
-
-    rows = []
-    most_changed = sorted(by_layer.items(), key=lambda item: size(item[1]), reverse=True)
-    for name, record in most_changed[:_ROWS_SHOWN]:
-        error = record.get("relative_standard_error")
-        largest = record.get("largest", {})
-        rows.append(
-            (
-                name,
-                record["values"],
-                None if error is None else f"{error:.2%}",
-                record.get("change_of_mean"),
-                record.get("change_of_log_std"),
-                largest.get("channel"),
-            )
-        )
-    headers = ("layer", "values", "standard error", "shift", "ln std", "most changed channel")
-    table = tabulate(rows, headers, floatfmt=".3f", missingval="-")
-    more = len(by_layer) - len(rows)
-    return f"{table}\n... and {more} layers that changed less" if more > 0 else table
 
 
 def _evaluation_command(args: argparse.Namespace) -> str:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.convnext import LayerNorm2d
 
-from ..detectors import detector_of, in_roi_heads, poolers, roi_heads
+from ..detectors import poolers, roi_heads
+from ..detectors import rows_are_images as has_maps
 from ..norm import (
     ANY_DIMENSIONS,
     InferenceScope,
@@ -96,7 +97,7 @@ def convert_norm(
             if not layers:
                 continue
             found = True
-            images = _has_feature_maps(model, name) if rows_are_images is None else rows_are_images
+            images = has_maps(model, name) if rows_are_images is None else rows_are_images
             factory = NormFactory(norm, options, rows_are_images=images)
             if factory.shuffle is not None:
                 raise ValueError(
@@ -214,7 +215,7 @@ def _announce_at_inference(
     for heads in around:
         for head in heads.children():
             scope.handles.append(head.register_forward_pre_hook(_rows_of_instances))
-    return {name for name in names if _has_feature_maps(model, name)}
+    return {name for name in names if has_maps(model, name)}
 
 
 def _roi_heads_around(model: nn.Module, name: str) -> list[nn.Module]:
@@ -365,11 +366,6 @@ def _num_channels(layer: nn.Module) -> int:
         if hasattr(layer, attribute):
             return getattr(layer, attribute)
     return len(next(iter(layer.state_dict().values())))
-
-
-def _has_feature_maps(model: nn.Module, name: str) -> bool:
-    """Whether ``name`` is a part of a detector of a known family outside its ROI heads."""
-    return detector_of(model).maps_are_images and not in_roi_heads(model, name)
 
 
 def _scopes(model: nn.Module) -> set[Scope[Any]]:

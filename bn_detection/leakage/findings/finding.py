@@ -60,6 +60,7 @@ class Finding:
         advice: what the fix does.
         cost: points of box AP (on the sampler's RoIs) that it is likely to cost; None if that was
             not measured.
+        in_python: whether the model has no config, so that what mends it is Python.
     """
 
     id: str
@@ -71,6 +72,12 @@ class Finding:
     fix: Mapping[str, Any] | None = None
     advice: str = ""
     cost: Estimate | None = None
+    in_python: bool = False
+
+    @property
+    def cure(self) -> str:
+        """The fix, as lines of a config file, or of Python."""
+        return as_python(self.fix or {}) if self.in_python else self.yaml
 
     @property
     def yaml(self) -> str:
@@ -86,12 +93,41 @@ class Finding:
             "fix": self.fix,
             "cost": None if self.cost is None else self.cost.to_json(),
             "yaml": self.yaml if self.fix else "",
+            "python": self.cure if self.fix and self.in_python else "",
         }
 
 
 def as_yaml(fix: Mapping[str, Any]) -> str:
     """Keys of a config as lines of its file."""
     return str(yaml.safe_dump(dict(fix), default_flow_style=None, sort_keys=False))
+
+
+def as_python(fix: Mapping[str, Any]) -> str:
+    """Keys of a config as lines of Python, for a model that has no config; some remain words."""
+    node = fix.get("BN", {})
+    lines = [
+        f'bn_detection.convert_norm(model, "{norm}", "{glob}")'
+        for glob, norm in node.get("CONVERT", ())
+    ]
+    modules = [glob for glob in node.get("MODULES", ())]
+    if "POPULATION" in node:
+        lines.append(
+            f"bn_detection.recalibrate(model, data{f', modules={modules}' * bool(modules)})"
+        )
+    if node.get("INFERENCE") == "batch":
+        lines.append(f'bn_detection.set_inference(model, "batch", {modules})')
+    if "FREEZE" in node:
+        lines.append("# in the last fifth of the training, after model.train():")
+        lines.append("for layer in batch_norms:")
+        lines.append("    layer.eval()")
+    if "LEVELS" in node:
+        lines.append("# one BN layer for each level, as in detectron2.layers.CycleBatchNormList")
+    solver = fix.get("SOLVER", {})
+    if "WEIGHT_DECAY_NORM" in solver:
+        lines.append("# a parameter group of the optimizer for BN layers, with weight_decay=0")
+    if "BASE_LR" in solver:
+        lines.append("# a learning rate half as large")
+    return "\n".join(lines) + "\n"
 
 
 @dataclass(frozen=True)
