@@ -55,6 +55,9 @@ PROBE = {
 }
 """Of the leakage probe."""
 
+DETECTIONS = {"box_ap": _percent("box AP", "box AP"), "mask_ap": _percent("mask AP", "mask AP")}
+"""Of the probe on detections."""
+
 DISTANCES = {
     "ema_to_precise": _distance("EMA to precise"),
     "batch_to_precise": _distance("batch to precise"),

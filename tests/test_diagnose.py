@@ -424,6 +424,30 @@ def test_leakage_of_batches_of_one_image_is_that_of_another_mode() -> None:
         assert any("own_image" in note.title for note in notes) == told
 
 
+def test_a_leak_in_detections_is_found_in_any_layers() -> None:
+    interval = Estimate(30.0, 29.0, 31.0).to_json()
+    measured = {
+        **{"on": "detections", "images_per_worker": 1, "batch_norms": ["head.cls_subnet.1"]},
+        **{kind: {"box_ap": interval} for kind in ("leakage", "inconsistency", "staleness")},
+    }
+    dense = layer("head.cls_subnet.1", rows="images")
+    layers = [dense, layer("other")]
+    (found,), _ = conclude(examined(layers=layers, probe=measured, workers=2))
+    assert (found.id, found.layers) == ("BN201", ("head.cls_subnet.1",))
+    assert "The detector reads the rest of its own images" in found.title
+    assert found.evidence[0].text.startswith("Box AP: 30.0 [29.0, 31.0] points better")
+    assert found.fix == {"BN": {"CONVERT": [["head", "SyncBN"]]}}
+    retinanet = examined(
+        layers=[dense],
+        probe=measured,
+        workers=2,
+        more=("MODEL.META_ARCHITECTURE", "RetinaNet"),
+    )
+    (found,), _ = conclude(retinanet)
+    of_head = {"META_ARCHITECTURE": "BNRetinaNet", "RETINANET": {"NORM": "SyncBN"}}
+    assert found.fix == {"MODEL": of_head}
+
+
 def test_weights_that_do_not_decay_are_not_blamed() -> None:
     dead = layer(dead=tuple(range(32)), dead_weights=tuple(range(32)))
     for decay, key in ((1e-4, "WEIGHT_DECAY_NORM"), (0.0, "BASE_LR")):
@@ -789,6 +813,9 @@ def test_images_are_padded_as_in_training(tmp_path: Path) -> None:
     found = result(tmp_path / "out")
     assert {report["sharing"] for report in found["layers"]} == {"world"}
     assert max(report["ema_to_precise"]["value"] for report in found["layers"]) < 0.05
+    assert found["probe"]["on"] == "detections"
+    assert {*found["probe"]["batch_norms"]} == {report["name"] for report in found["layers"]}
+    assert "own detections in" in (tmp_path / "out/diagnosis.html").read_text()
 
 
 @pytest.mark.timeout(120)

@@ -1,4 +1,4 @@
-"""Measure what leaks between RoIs through the normalization batches of a detector's heads."""
+"""Measure what leaks between RoIs through the normalization batches of a detector."""
 
 from __future__ import annotations
 
@@ -17,6 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     parser.add_argument("--config-file", default="", metavar="FILE.yaml", help="of the training")
     parser.add_argument("--output", required=True, metavar="FILE.json", help="the report")
+    parser.add_argument(
+        "--on",
+        choices=("rois", "detections"),
+        help="rois: the second stage on the RoIs of the training sampler, in accuracy, loss and AP "
+        "(the default where the second stage is known); detections: the AP of the detector's own "
+        "detections, of any detector",
+    )
     add_model_flags(parser)
     add_common_flags(parser)
     add_overrides(parser)

@@ -21,7 +21,7 @@ from .corruptions import (
 from .image_folder import IMAGE_SUFFIXES, register_image_folder
 from .leaky_drawing import draw_image, draw_shape
 from .leaky_shapes import make_leaky_shapes
-from .loaders import build_test_loader, build_train_loader
+from .loaders import build_test_loader, build_train_loader, load_test_dicts
 from .registration import register_datasets
 from .single_pass import SinglePassLoader
 from .unreadable import ReadableLoader, SkipUnreadable, read_unreadable, report_unreadable
@@ -44,6 +44,7 @@ __all__ = [
     "draw_image",
     "draw_shape",
     "honest_accuracy_limit",
+    "load_test_dicts",
     "make_leaky_shapes",
     "near_names",
     "read_coco_json",

@@ -139,6 +139,24 @@ def _proposals(cfg: CfgNode, key: str) -> Iterator[Sequence[str] | None]:
         raise ConfigError(f"DATASETS.{key} {', '.join(files)}: {one_line(error)}") from error
 
 
+def load_test_dicts(cfg: CfgNode, dataset_name: str) -> list[dict[str, Any]]:
+    """The dataset dicts of a dataset to evaluate on, with proposals if the model takes them.
+
+    Args:
+        cfg: the config.
+        dataset_name: of a registered dataset.
+
+    Raises:
+        ConfigError: the dataset's number of classes is not the model's.
+    """
+    with _proposals(cfg, "PROPOSAL_FILES_TEST") as files:
+        dicts = get_detection_dataset_dicts(
+            dataset_name, filter_empty=False, proposal_files=files, check_consistency=False
+        )
+    check_num_classes(cfg, dataset_name)
+    return dicts
+
+
 def build_test_loader(
     cfg: CfgNode, dataset_name: str, mapper: Mapper | None = None
 ) -> Iterable[list[dict[str, Any]]]:

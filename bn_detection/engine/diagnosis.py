@@ -28,7 +28,14 @@ from ..data import (
 )
 from ..files import make_folder, replacing
 from ..heads import norm_layers
-from ..leakage import LeakageReport, images_per_worker, measure_leakage
+from ..leakage import (
+    DetectionReport,
+    LeakageReport,
+    check_probe,
+    images_per_worker,
+    measure_leakage,
+    measure_own_detections,
+)
 from ..leakage.diagnosis import Diagnosis
 from ..leakage.diagnosis_formats import render_diagnosis
 from ..leakage.findings import Examined, Rule, conclude, configured_rules
@@ -289,7 +296,7 @@ def _probe(
     args: argparse.Namespace,
     layers: list[LayerReport],
     left_out: list[str],
-) -> LeakageReport | None:
+) -> LeakageReport | DetectionReport | None:
     cfg = cfg.clone()
     cfg.defrost()
     if args.quick or args.images:
@@ -298,9 +305,18 @@ def _probe(
     try:
         if not cfg.MODEL.WEIGHTS:
             raise ConfigError('MODEL.WEIGHTS is "": the accuracy of random weights says nothing.')
-        if not any(layer.trains and layer.rows == "RoIs" for layer in layers):
-            raise ConfigError("no layer of the model normalizes RoIs with a batch in training.")
+        trained = [layer for layer in layers if layer.trains]
+        if not trained:
+            raise ConfigError("no layer of the model normalizes with a batch in training.")
         logger.info("Leakage probe")
+        try:
+            check_probe(cfg, model)
+            on_rois = any(layer.rows == "RoIs" for layer in trained)
+        except ConfigError as error:
+            left_out.append(f"The probe on fixed RoIs, so it is on detections: {error}")
+            on_rois = False
+        if not on_rois:
+            return measure_own_detections(cfg, model, modules=[layer.name for layer in trained])
         report = measure_leakage(cfg, model)
     except ConfigError as error:
         left_out.append(f"The leakage probe: {error}")

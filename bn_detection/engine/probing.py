@@ -8,11 +8,19 @@ import logging
 from pathlib import Path
 
 from detectron2.config import CfgNode
+from torch import nn
 
 from ..config import ConfigError
 from ..data import check_dataset_files, check_trained_classes
 from ..files import make_folder, replacing
-from ..leakage import check_probe_config, measure_leakage
+from ..leakage import (
+    DetectionReport,
+    LeakageReport,
+    check_probe,
+    check_probe_config,
+    measure_leakage,
+    measure_own_detections,
+)
 from .checkpoint import StrictCheckpointer
 from .checks import check_config
 from .rehearsal import rehearse
@@ -68,7 +76,8 @@ def probe(args: argparse.Namespace) -> None:
 
     Raises:
         ConfigError: the weights do not fit the model, or what
-            :func:`bn_detection.leakage.measure_leakage` refuses. Nothing is written.
+            :func:`bn_detection.leakage.measure_leakage` or ``measure_own_detections`` refuses.
+            Nothing is written.
     """
     cfg = begin(_load_config(args), args, _folder(args))
     model = Trainer.build_model(cfg)
@@ -77,12 +86,22 @@ def probe(args: argparse.Namespace) -> None:
     )
     if not cfg.MODEL.WEIGHTS:
         logger.warning("Probing randomly initialized weights: MODEL.WEIGHTS is empty.")
-    report = measure_leakage(cfg, model)
+    report = _measure(cfg, model, args.on)
     output = Path(args.output)
     with replacing(output) as file:
         file.write_text(json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n")
     logger.info("%s", report.text())
     logger.info("Wrote %s", output)
+
+
+def _measure(cfg: CfgNode, model: nn.Module, on: str | None) -> LeakageReport | DetectionReport:
+    if on is None:
+        try:
+            check_probe(cfg, model)
+        except ConfigError as error:
+            logger.info("On detections, by the AP of the detector itself: %s", error)
+            on = "detections"
+    return (measure_own_detections if on == "detections" else measure_leakage)(cfg, model)
 
 
 def _load_config(args: argparse.Namespace) -> CfgNode:

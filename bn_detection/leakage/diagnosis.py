@@ -13,6 +13,7 @@ from ..metrics import DISTANCES
 from ..notebook import framed
 from .findings import Finding, as_yaml, combined
 from .layers import LayerReport
+from .on_detections import DetectionReport
 from .report import LeakageReport
 
 SCHEMA = 1
@@ -30,7 +31,7 @@ class Diagnosis:
     Attributes:
         settings: what was diagnosed, on what, with which versions: by name.
         layers: the BN layers.
-        probe: of the second stage, or None.
+        probe: of the second stage, or of the detector's own detections, or None.
         findings: worst first.
         notes: what is worth knowing and no finding.
         left_out: what could not be measured, and why.
@@ -38,7 +39,7 @@ class Diagnosis:
 
     settings: Mapping[str, Any]
     layers: Sequence[LayerReport]
-    probe: LeakageReport | None
+    probe: LeakageReport | DetectionReport | None
     findings: Sequence[Finding]
     notes: Sequence[Finding]
     left_out: Sequence[str]

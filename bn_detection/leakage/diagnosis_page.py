@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from markupsafe import Markup
 
-from ..metrics import DISTANCES, PROBE
+from ..metrics import DISTANCES
 from ..page import COLORS, figure, new_figure, render
-from .batches import MODES
 from .diagnosis import Diagnosis, by_distance
 from .layers import LayerReport
+from .on_detections import DetectionReport
 from .report import LeakageReport
 
 _LAYERS_DRAWN = 40
@@ -26,34 +27,32 @@ def page(diagnosis: Diagnosis) -> str:
     return render(
         "diagnosis.html.j2",
         diagnosis=diagnosis,
-        metrics=PROBE,
         distances=DISTANCES,
         probe_figure=None if probe is None else _probe_figure(probe),
         layers_figure=_layers_figure(diagnosis.layers),
     )
 
 
-def _probe_figure(report: LeakageReport) -> Markup:
-    metrics = ("accuracy", "box_ap")
-    labels = {mode: mode.replace("_", " ") for mode in MODES}
-    made, panels = new_figure(6.4, 2.6, ncols=2, sharey=True)
+def _probe_figure(report: LeakageReport | DetectionReport) -> Markup:
+    metrics = [metric for metric in ("accuracy", "box_ap") if metric in report.metrics]
+    labels = {mode: mode.replace("_", " ") for mode in report.modes}
+    made, panels = new_figure(3.2 * len(metrics), 2.6, ncols=len(metrics), sharey=True)
+    panels = np.atleast_1d(panels)
     for panel, metric in zip(panels, metrics, strict=True):
-        for row, mode in enumerate(MODES):
+        for row, mode in enumerate(labels):
             estimate = report.modes[mode][metric]
             panel.plot([estimate.low, estimate.high], [row, row], color=COLORS[0], linewidth=2)
             panel.plot(estimate.value, row, marker="o", color=COLORS[0])
-        panel.set_xlabel(PROBE[metric].title)
-        panel.set_yticks(range(len(MODES)), labels.values())
+        panel.set_xlabel(report.metrics[metric].title)
+        panel.set_yticks(range(len(labels)), labels.values())
     panels[0].invert_yaxis()
     alt = "; ".join(
-        f"{PROBE[metric].title}: "
+        f"{report.metrics[metric].title}: "
         + ", ".join(f"{label} {report.modes[m][metric].text(2)}" for m, label in labels.items())
         for metric in metrics
     )
-    caption = (
-        "The second stage on the same RoIs with four normalization batches, with 95 % intervals "
-        "over images."
-    )
+    what = "The second stage on the same RoIs" if report.on == "rois" else "Own detections"
+    caption = f"{what} with {len(labels)} normalization batches, with 95 % intervals over images."
     return figure(made, alt, caption)
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from detectron2.config import CfgNode
@@ -25,7 +25,7 @@ from ..config import ConfigError
 from ..population import untouched
 from .batches import batch_norms
 from .report import LeakageReport
-from .rois import ImageRois, draw, labelled_images, sample_rois
+from .rois import draw, labelled_images, sample_rois
 from .scoring import MASK_HEAD, Scores
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def measure_leakage(cfg: CfgNode, model: nn.Module, *, num_workers: int = 1) -> 
     with untouched(model), torch.no_grad(), closing(rois):
         model.eval()
         scores.look_for_limit(name)
-        for window in _windows(rois, len(records), per_worker, cfg.BN.LEAKAGE.SHUFFLED_IMAGES):
+        for window in windows(rois, len(records), per_worker, cfg.BN.LEAKAGE.SHUFFLED_IMAGES):
             scores.add(window)
     return scores.report(name, left_out, cfg.BN.LEAKAGE.RESAMPLES)
 
@@ -143,8 +143,23 @@ def _choose(cfg: CfgNode, per_worker: int) -> list[dict[str, Any]]:
     Files have the images of a scene, a camera or a day side by side, which look alike: RoIs of
     neighbours would say nearly as much as those of the own image.
     """
+    return in_random_order(cfg, labelled_images(cfg, cfg.DATASETS.TEST[0]), per_worker)
+
+
+def in_random_order(
+    cfg: CfgNode, records: list[dict[str, Any]], per_worker: int
+) -> list[dict[str, Any]]:
+    """As many of the images as BN.LEAKAGE.NUM_IMAGES says, by their names, in whole workers.
+
+    Args:
+        cfg: the config.
+        records: dataset dicts, of labelled images of ``DATASETS.TEST[0]``.
+        per_worker: images of a worker.
+
+    Raises:
+        ConfigError: they do not fill two workers.
+    """
     name, wanted = cfg.DATASETS.TEST[0], cfg.BN.LEAKAGE.NUM_IMAGES
-    records = labelled_images(cfg, name)
     number = min(wanted or len(records), len(records)) // per_worker * per_worker
     if number < 2 * per_worker:
         raise ConfigError(
@@ -155,10 +170,21 @@ def _choose(cfg: CfgNode, per_worker: int) -> list[dict[str, Any]]:
     return sorted(records, key=draw)[:number]
 
 
-def _windows(
-    rois: Iterator[ImageRois], expected: int, per_worker: int, shuffled_images: int
-) -> Iterator[list[ImageRois]]:
-    """Images to shuffle together: workers divided evenly into parts of about the wanted size."""
+T = TypeVar("T")
+
+
+def windows(
+    images: Iterator[T], expected: int, per_worker: int, shuffled_images: int
+) -> Iterator[list[T]]:
+    """Images to shuffle together: workers divided evenly into parts of about the wanted size.
+
+    Args:
+        images: what there is of each.
+        expected: their number, if all can be read.
+        per_worker: images of a worker; windows have whole workers.
+        shuffled_images: that are wanted in a window; those of 8 workers at least, where there are
+            two times as many.
+    """
     workers = expected // per_worker
     least = 1 if workers < 4 else 2
     number = max(workers // max(shuffled_images // per_worker, _LEAST_WORKERS), least)
@@ -166,7 +192,7 @@ def _windows(
     done = 0
     for k in range(number):
         size = (workers * (k + 1) // number - workers * k // number) * per_worker
-        window = list(islice(rois, size))
+        window = list(islice(images, size))
         # An image that could not be read leaves its worker incomplete.
         window = window[: len(window) // per_worker * per_worker]
         if window:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from tabulate import tabulate
 
 from ..estimate import Estimate
-from ..metrics import PROBE
+from ..metrics import PROBE, Metric
 from .limits import LimitComparison
 
 Metrics = dict[str, Estimate]
@@ -19,6 +19,8 @@ class LeakageReport:
     """What the probe measured; percent, and nats for losses.
 
     Attributes:
+        on: what is measured: the second stage on fixed RoIs.
+        metrics: how they are named and shown.
         dataset: its name.
         images: how many were used.
         rois: of all images.
@@ -37,6 +39,9 @@ class LeakageReport:
             object; None elsewhere, and where no RoI sees one object alone.
         left_out: by name, why a head that has BN was not measured.
     """
+
+    on: ClassVar[str] = "rois"
+    metrics: ClassVar[dict[str, Metric]] = PROBE
 
     dataset: str
     images: int
@@ -62,7 +67,7 @@ class LeakageReport:
                 return {key: plain(item) for key, item in value.items()}
             return value.to_json() if isinstance(value, Estimate | LimitComparison) else value
 
-        return {key: plain(value) for key, value in vars(self).items()}
+        return {"on": self.on} | {key: plain(value) for key, value in vars(self).items()}
 
     def text(self) -> str:
         """For a terminal: the table, and how to read it."""
@@ -107,19 +112,27 @@ class LeakageReport:
         Args:
             style: of the package ``tabulate``.
         """
-        names = {
-            "leakage": "leakage = own_worker - shuffled",
-            "inconsistency": "inconsistency = own_worker - population",
-            "staleness": "staleness = shuffled - population",
+        differences = {
+            "leakage = own_worker - shuffled": self.leakage,
+            "inconsistency = own_worker - population": self.inconsistency,
+            "staleness = shuffled - population": self.staleness,
         }
-        rows = self.modes | {name: getattr(self, name) for name in names}
-        metrics = list(self.leakage)
-        body = [
-            (
-                names.get(row, row),
-                *(values[metric].text(PROBE[metric].decimals) for metric in metrics),
-            )
-            for row, values in rows.items()
-        ]
-        titles = (PROBE[metric].title for metric in metrics)
-        return str(tabulate(body, ("normalization batch", *titles), style))
+        return table_of(self.modes | differences, self.metrics, style)
+
+
+def table_of(rows: dict[str, Metrics], metrics: dict[str, Metric], style: str) -> str:
+    """A row a normalization batch and a difference of two, a column a metric.
+
+    Args:
+        rows: what is in them, by their names; those with nothing are left out.
+        metrics: how they are named and shown.
+        style: of the package ``tabulate``.
+    """
+    shown = {name: values for name, values in rows.items() if values}
+    names = list(next(iter(shown.values())))
+    body = [
+        (row, *(values[name].text(metrics[name].decimals) for name in names))
+        for row, values in shown.items()
+    ]
+    titles = (metrics[name].title for name in names)
+    return str(tabulate(body, ("normalization batch", *titles), style))

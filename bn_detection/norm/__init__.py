@@ -13,7 +13,7 @@ from .batch_norms import (
     tracks_statistics,
 )
 from .collectives import Collectives, world_size
-from .convert import lineage, matches, replace_layers, set_inference
+from .convert import kept_inference, lineage, matches, replace_layers, set_inference
 from .functional import GroupStatistics, group_statistics, grouped_batch_norm
 from .kernels import KERNELS
 from .layer import INFERENCE, PartitionedBatchNorm2d, partitioned
@@ -77,6 +77,7 @@ __all__ = [
     "inference_partition_names",
     "input_dimensions",
     "is_exact",
+    "kept_inference",
     "lineage",
     "matches",
     "normalizes_in_training",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batch_norms import check_initialized, is_exact, tracks_statistics
 from .layer import INFERENCE, PartitionedBatchNorm2d, partitioned
@@ -40,6 +42,7 @@ def set_inference(
     *,
     partition: str | Partition = FORWARD,
     rows_are_images: bool | None = None,
+    seed: int = 0,
 ) -> list[str]:
     """Choose the statistics that BN layers use at inference, in place.
 
@@ -58,6 +61,7 @@ def set_inference(
         rows_are_images: whether each row of the layers' input is an image, where a partition asks.
             By default it is known of Detectron2's models; in others :func:`set_rows_per_image`
             says which images the rows are of.
+        seed: of random groups.
 
     Returns:
         The names of the layers that the globs select.
@@ -80,11 +84,13 @@ def set_inference(
         for name, module in model.named_modules(remove_duplicate=False)
         if matches(name, modules) and tracks_statistics(module)
     }
-    scopes = {} if isinstance(partition, str) else _scopes(model, selected, partition)
+    scopes = {} if isinstance(partition, str) else _scopes(model, selected, partition, seed)
     if rows_are_images is not None:
         for layer_scope in scopes.values():
             layer_scope.rows_are_images = rows_are_images
-    layers = {module: scopes.get(name) for name, module in selected.items()}
+    layers: dict[nn.Module, InferenceScope[Groups] | None] = {
+        module: scopes.get(name) for name, module in selected.items()
+    }
     previous = _inference_scopes(model)
 
     def replacement(name: str, module: nn.Module) -> nn.Module | None:
@@ -99,7 +105,7 @@ def set_inference(
             if mode == "population":
                 return None
             of_training = "world" if isinstance(layer, nn.SyncBatchNorm) else "worker"
-            layer = partitioned(layer, partition=of_training)
+            layer = partitioned(cast(_BatchNorm, module), partition=of_training)
             layer.rename(name)
         layer.inference, layer.inference_scope = mode, layers[module]
         return layer
@@ -110,12 +116,39 @@ def set_inference(
     return list(selected)
 
 
+@contextmanager
+def kept_inference(model: nn.Module) -> Iterator[None]:
+    """Afterwards a model has the layers that it had, with their statistics at inference.
+
+    Args:
+        model: what :func:`set_inference` may change meanwhile.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    ours = {m: m.inference for m in modules.values() if isinstance(m, PartitionedBatchNorm2d)}
+    scopes = {layer: layer.inference_scope for layer in ours}
+    without = {m: taker.inference_scope for m in modules.values() for taker in _takers(m)}
+    for layer in ours:  # or the hooks of the scopes would be removed
+        layer.inference_scope = None
+    for taker in (taker for module in without for taker in _takers(module)):
+        taker.inference_scope = None
+    try:
+        yield
+    finally:
+        set_inference(model, "population", ["*"])
+        replace_layers(model, lambda name, m: None if modules[name] is m else modules[name])
+        for layer, inference in ours.items():
+            layer.inference, layer.inference_scope = inference, scopes[layer]
+        for module, scope in without.items():
+            _without_statistics(module, True, scope)
+
+
 def _scopes(
-    model: nn.Module, names: Iterable[str], partition: Partition
+    model: nn.Module, names: Iterable[str], partition: Partition, seed: int
 ) -> dict[str, InferenceScope[Groups]]:
     """By the name of a layer, what divides its rows: one for all RoIs, one for all images."""
     rois, images = (
-        InferenceScope(partition.inference_groups, rows_are_images=flag) for flag in (False, True)
+        InferenceScope(partition.inference_groups, seed=seed, rows_are_images=flag)
+        for flag in (False, True)
     )
     of_images = announce_rows(model, list(names), rois)
     scopes = {name: images if name in of_images else rois for name in names}
@@ -137,13 +170,20 @@ class _Without:
     of the ``inference_scope``, if there is one.
     """
 
-    def __init__(self) -> None:
-        self.enabled = True
+    def __init__(self, layer: nn.Module) -> None:
         self.inference_scope: InferenceScope[Groups] | None = None
         self._taken: dict[str, Tensor | None] = {}
+        self._handles = [
+            layer.register_forward_pre_hook(self.take),
+            layer.register_forward_hook(self.give_back, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
 
     def take(self, layer: nn.Module, args: Any) -> None:
-        if self.enabled and not layer.training:
+        if not layer.training:
             self._taken = {key: layer._buffers[key] for key in ("running_mean", "running_var")}
             layer._buffers.update(dict.fromkeys(self._taken))
 
@@ -173,12 +213,14 @@ def _takers(layer: nn.Module) -> list[_Without]:
 def _without_statistics(
     layer: nn.Module, without: bool, scope: InferenceScope[Groups] | None
 ) -> None:
-    if without and not _takers(layer):
-        owner = _Without()
-        layer.register_forward_pre_hook(owner.take)
-        layer.register_forward_hook(owner.give_back, always_call=True)
-    for owner in _takers(layer):
-        owner.enabled, owner.inference_scope = without, scope
+    known = _takers(layer)
+    if not without:
+        for taker in known:
+            taker.remove()
+    elif known:
+        known[0].inference_scope = scope
+    else:
+        _Without(layer).inference_scope = scope
 
 
 def replace_layers(

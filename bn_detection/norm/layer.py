@@ -136,7 +136,8 @@ class PartitionedBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             use_batch = self.inference == "batch"
             if use_batch and self.inference_scope is not None:
-                return self._divided(input, weight, bias, self.inference_scope)
+                divided: Tensor = self._divided(input, weight, bias, self.inference_scope)
+                return divided
             mean, var = (None, None) if use_batch else (self.running_mean, self.running_var)
             return self._batch_norm(input, weight, bias, mean, var, use_batch, 0.0)
         spans = self.spans_workers

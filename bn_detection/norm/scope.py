@@ -393,13 +393,10 @@ class InferenceScope(Scope[T]):
     """Makes the values of a model's forwards at inference, on this process alone.
 
     Layers of a forward that have the same rows get the same value. It is reproducible: random
-    values follow from the training iteration and the number of forwards in it.
+    values follow from the seed, the training iteration and the number of forwards in it.
     """
 
     is_alone = True
-
-    def __init__(self, make: Callable[[Rows], T], *, rows_are_images: bool = False) -> None:
-        super().__init__(make, seed=0, rows_are_images=rows_are_images)
 
     def attach(self, module: nn.Module) -> None:
         """Make each forward of ``module`` a call."""

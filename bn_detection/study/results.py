@@ -21,6 +21,8 @@ PHASES = {"first half of training": (0.0, 0.5), "last fifth of training": (0.8, 
 
 BOX_AP, MASK_AP, KEYPOINT_AP = (metric.short for metric in EVALUATION.values())
 TRAINING_ACCURACY = "training accuracy"
+# Of the probe on detections, as that on RoIs names them.
+_MODES = {"image": "own image", "worker": "own worker", "shuffle": "shuffled"}
 LEAKAGES = tuple(
     f"{kind} in {name}" for name in ("accuracy", BOX_AP) for kind in ("leakage", "inconsistency")
 )
@@ -167,12 +169,13 @@ def _metric(name: str) -> Metric:
 
 
 def _add_probe(collected: StudyResults, cell: Cell, content: dict[str, Any]) -> None:
-    named = {f"{{}}, {mode.replace('_', ' ')}": of for mode, of in content["modes"].items()}
+    modes = {_MODES.get(mode, mode.replace("_", " ")): of for mode, of in content["modes"].items()}
+    named = {f"{{}}, {mode}": of for mode, of in modes.items()}
     named |= {f"{kind} in {{}}": content[kind] for kind in ("leakage", "inconsistency")}
     for name, numbers in named.items():
         for key, number in numbers.items():
             collected.add(name.format(PROBE[key].short), cell, Estimate.from_json(number))
-    limit = content["limit"]
+    limit = content.get("limit")
     # Nothing is above a limit of 100 %.
     if limit is not None and (limit["limit"] or 100) < 100:
         collected.add("accuracy above the limit", cell, Estimate.from_json(limit["above"]))

@@ -11,15 +11,10 @@ from .finding import Evidence, Examined
 from .fixes import of_head
 from .rules import Found, Rule, register_finding
 
-_THAN = {
-    "leakage": "as many RoIs of random images",
-    "inconsistency": "population statistics",
-}
-
 
 @register_finding(
     "BN201",
-    measures="leakage in foreground accuracy (mask accuracy of a mask head)",
+    measures="leakage in foreground accuracy (mask accuracy of a mask head; AP on detections)",
     threshold=1.0,
     unit="points",
 )
@@ -37,13 +32,17 @@ def reads_its_batch(examined: Examined, rule: Rule) -> Found:
                 "other modes.",
                 layers,
             )
-        yield from _judge(examined, rule, head, layers, (accuracy, ap))
+        reads = f"The {head} head reads the other RoIs of its images"
+        yield from _judge(examined, rule, reads, layers, (accuracy, ap))
+    if layers := examined.probed_layers:
+        reads = "The detector reads the rest of its own images"
+        yield from _judge(examined, rule, reads, layers, ("box_ap", "mask_ap"))
 
 
 def _judge(
     examined: Examined,
     rule: Rule,
-    head: str,
+    reads: str,
     layers: Sequence[LayerReport],
     metrics: tuple[str, str],
 ) -> Found:
@@ -53,27 +52,33 @@ def _judge(
         for metric in metrics
         if (estimate := examined.probed(kind, metric)) is not None
     }
-    if not found["leakage", metrics[0]].exceeds(rule.threshold):
+    leakage = found.get(("leakage", metrics[0]))
+    if leakage is None or not leakage.exceeds(rule.threshold):
         return
+    others = "as many RoIs" if examined.metrics is PROBE else "the RoIs or feature maps"
+    than = {
+        "leakage": f"{others} of random images",
+        "inconsistency": "population statistics",
+    }
     evidence = [
         Evidence(
-            f"{PROBE[metric].capitalized}: {estimate.text(1)} points better with a batch of "
-            f"its own images than with {_THAN[kind]}",
-            *(f"{kind}.{metric}", estimate, PROBE[metric].of_difference),
+            f"{examined.metrics[metric].capitalized}: {estimate.text(1)} points better with a "
+            f"batch of its own images than with {than[kind]}",
+            *(f"{kind}.{metric}", estimate, examined.metrics[metric].of_difference),
         )
         for (kind, metric), estimate in found.items()
     ]
     lost = found.get(("inconsistency", metrics[0]))
     if lost is not None and lost.high < 0:
         yield rule.note(
-            f"The {head} head does read its batch ({evidence[0].text}), but population statistics "
+            f"{reads} ({evidence[0].text}), but population statistics "
             f"are better still, by {lost.scaled(-1).text(1)} points: the leak costs nothing.",
             layers,
         )
         return
     lost_ap = found.get(("inconsistency", "box_ap"))
     yield rule.finding(
-        f"The {head} head reads the other RoIs of its images in its normalization batch.",
+        f"{reads} in its normalization batch.",
         layers,
         evidence,
         of_head(examined, layers),

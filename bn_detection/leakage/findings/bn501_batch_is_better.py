@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ...metrics import PROBE
 from .finding import Evidence, Examined
 from .rules import Found, Rule, register_finding
 
@@ -14,7 +13,7 @@ def batch_is_better(examined: Examined, rule: Rule) -> Found:
     lost = examined.probed("inconsistency", "box_ap")
     layers = [layer for layer in examined.trained if layer.name.startswith("roi_heads.")]
     if lost is not None and layers and lost.exceeds(rule.threshold):
-        text = f"{PROBE['box_ap'].capitalized}: {lost.text(1)} points"
+        text = f"{examined.metrics['box_ap'].capitalized}: {lost.text(1)} points"
         yield rule.finding(
             "The second stage is better with the statistics of its batch than with population "
             "statistics, though these fit the data and it does not read its batch.",

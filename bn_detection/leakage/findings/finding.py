@@ -10,7 +10,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from ...estimate import Estimate
-from ...metrics import DISTANCES
+from ...metrics import DETECTIONS, DISTANCES, PROBE, Metric
 from ...norm import matches
 from ...words import listed
 from ..layers import LayerReport
@@ -138,7 +138,8 @@ class Examined:
         cfg: the model's config.
         layers: of :func:`bn_detection.leakage.layers.inspect_layers`.
         norm_layers: names of all layers that BN.CONVERT can replace, GroupNorm and others too.
-        probe: the JSON of a :class:`bn_detection.leakage.LeakageReport`, or None.
+        probe: the JSON of a :class:`bn_detection.leakage.LeakageReport`, or of a
+            :class:`bn_detection.leakage.DetectionReport`, or None.
         workers: of the training.
         averages_workers: whether the training averages running statistics over the workers.
         unknown_keys: of the config, that nobody here knows.
@@ -151,6 +152,18 @@ class Examined:
     workers: int
     averages_workers: bool
     unknown_keys: Sequence[str] = ()
+
+    @property
+    def probed_layers(self) -> list[LayerReport]:
+        """The layers whose batch the probe on detections changed; none of the probe on RoIs."""
+        probe = self.probe or {}
+        names = probe["batch_norms"] if probe.get("on") == "detections" else ()
+        return [layer for layer in self.trained if layer.name in names]
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        """How the metrics of the probe are named and shown."""
+        return DETECTIONS if (self.probe or {}).get("on") == "detections" else PROBE
 
     @property
     def trained(self) -> list[LayerReport]:

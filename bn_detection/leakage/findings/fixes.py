@@ -57,6 +57,12 @@ def of_head(examined: Examined, layers: Sequence[LayerReport]) -> dict[str, Any]
     # One worker has nobody to shuffle with.
     shuffles = any(layer.spans_workers for layer in layers)
     norm = without_batch(layers) if shuffles or examined.workers == 1 else "ShuffleBN"
+    if any(layer.rows == "images" for layer in layers):
+        # A feature map cannot be divided, and is a random group of its own with one image a worker.
+        norm = norm.replace("ShuffleBN", "SyncBN")
+    is_dense = examined.cfg.MODEL.META_ARCHITECTURE in ("RetinaNet", "BNRetinaNet")
+    if is_dense and all(layer.name.startswith("head.") for layer in layers):
+        return {"MODEL": {"META_ARCHITECTURE": "BNRetinaNet", "RETINANET": {"NORM": norm}}}
     globs = [glob for glob, _ in examined.cfg.BN.CONVERT]
     converted = any(matches(name, globs) for layer in layers for name in lineage(layer.name))
     for key, head in HEADS.items():
