@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,14 @@ from torch.nn.functional import batch_norm
 from torchvision.models import detection
 from torchvision.ops import MultiScaleRoIAlign
 
-from bn_detection import BNOptions, PartitionedBatchNorm2d, convert_norm, to_plain_batch_norm
+from bn_detection import (
+    BNOptions,
+    PartitionedBatchNorm2d,
+    convert_norm,
+    measure_leakage,
+    recalibrate,
+    to_plain_batch_norm,
+)
 from bn_detection.detectors import (
     Detector,
     FormError,
@@ -21,6 +29,8 @@ from bn_detection.detectors import (
     register_detector,
 )
 from bn_detection.detectors import detector as registry
+from bn_detection.heads import norm_names
+from bn_detection.norm import partition_name
 
 ARCHITECTURES = (
     "fasterrcnn_resnet50_fpn_v2",
@@ -72,34 +82,53 @@ def keep(layer: nn.Module) -> tuple[list[Tensor], Any]:
     return seen, hook
 
 
+@pytest.mark.timeout(280)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_torchvision_converts_and_comes_back(name: str) -> None:
-    """To every norm, trained two steps, and back: the state_dict has the keys of the stock."""
+    """To every norm, trained, probed, recalibrated, and back to the stock's state_dict."""
     model = stock(name)
     keys = list(model.state_dict())
     adapter = detector_of(model)
     assert (type(adapter), adapter.num_labels) == (TorchvisionDetector, CLASSES)
-    # The small stages are enough to see; all of them take minutes for all norms.
     parts = ["backbone.body.layer1.0", *(["roi_heads.*"] if hasattr(model, "roi_heads") else [])]
+    for name, parameter in model.named_parameters():  # fewer take less time
+        parameter.requires_grad_(any(name.startswith(part.rstrip("*")) for part in parts))
     batch = samples()
-    for norm in ("ShuffleBN", "ImageBN", "GhostBN", "SyncBN", "BatchRenorm", "BN"):
-        options = BNOptions(virtual_workers=2, ghost_size=3)
-        names = convert_norm(model, norm, parts, options=options)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    for norm in norm_names():
+        back = partition_of(norm) is not None
+        converted = model if back else deepcopy(model)
+        names = convert_norm(
+            converted, norm, parts, options=BNOptions(virtual_workers=2, ghost_size=3)
+        )
         for _ in range(2 if norm == "ShuffleBN" else 1):
-            loss = sum(adapter.forward(batch).values()) if model.train() else None
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        assert torch.isfinite(loss)
-        assert set(names) <= set(layers_of(model, PartitionedBatchNorm2d))
-        to_plain_batch_norm(model)
-        assert list(model.state_dict()) == keys
-        assert not layers_of(model, PartitionedBatchNorm2d)
-    with torch.no_grad():
-        model.eval()
-        (found,) = adapter.detect(batch[:1])
-    assert found["boxes"].shape == (len(found["scores"]), 4)
+            train(converted, batch)
+        if norm == "ShuffleBN":
+            found = recalibrate(converted, samples(4), modules=names)
+            assert set(found.layers) == set(names)
+            report = measure_leakage(converted, samples(4))
+            assert report.modes["shuffle"]["box_ap"].is_known
+        if back:
+            assert set(names) <= set(layers_of(model, PartitionedBatchNorm2d))
+            to_plain_batch_norm(model)
+            assert list(model.state_dict()) == keys
+            assert not layers_of(model, PartitionedBatchNorm2d)
+
+
+def train(model: nn.Module, batch: list[Any]) -> None:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1e-4)
+    loss = sum(detector_of(model.train()).forward(batch).values())
+    loss.backward()
+    assert torch.isfinite(loss)
+    optimizer.step()
+
+
+def partition_of(norm: str) -> str | None:
+    """What a norm of the BN kinds divides rows by."""
+    layers = nn.Sequential(nn.BatchNorm2d(32))
+    convert_norm(layers, norm, "*")
+    partition = getattr(layers[0], "partition", None)
+    return None if partition is None else partition_name(partition)
 
 
 @pytest.mark.parametrize("head", ["box_head", "mask_head"])

@@ -212,7 +212,7 @@ def _announce_at_inference(
 ) -> set[str]:
     around = {heads for name in names for heads in _roi_heads_around(model, name)}
     _announce_boxes(around, scope)
-    for heads in around:
+    for heads in around - {model}:
         for head in heads.children():
             scope.handles.append(head.register_forward_pre_hook(_rows_of_instances))
     return {name for name in names if has_maps(model, name)}

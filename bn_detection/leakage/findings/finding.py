@@ -86,14 +86,15 @@ class Finding:
 
     def to_json(self) -> dict[str, Any]:
         """JSON types."""
+        known = {key: value for key, value in vars(self).items() if key != "in_python"}
+        known |= {"python": self.cure} if self.fix and self.in_python else {}
         return {
-            **vars(self),
+            **known,
             "layers": list(self.layers),
             "evidence": [item.to_json() for item in self.evidence],
             "fix": self.fix,
             "cost": None if self.cost is None else self.cost.to_json(),
             "yaml": self.yaml if self.fix else "",
-            "python": self.cure if self.fix and self.in_python else "",
         }
 
 
