@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +19,7 @@ from ..heads import HEADS, norm_layers
 from ..leakage.diagnosis import Diagnosis
 from ..leakage.findings import Examined, conclude
 from ..leakage.layers import batch_norms, inspect_layers, spans_workers
-from ..population import ROIS, untouched
+from ..population import ROIS, collect, untouched
 from .images import Data, Images
 from .measuring import default, measure
 
@@ -73,13 +75,14 @@ def diagnose(
                 raise ValueError(
                     f"{images.name}: {len(images)} images are no two batches of {size}."
                 )
-            layers = inspect_layers(
-                model,
-                images.batches(size),
-                len(images) // size,
-                rois=rois,
-                forward=lambda _, batch: detector.forward(batch),
-            )
+            with _without_warnings():  # the distances have intervals
+                layers = inspect_layers(
+                    model,
+                    images.batches(size),
+                    len(images) // size,
+                    rois=rois,
+                    forward=lambda _, batch: detector.forward(batch),
+                )
         if any(layer.trains for layer in layers):
             try:
                 probe = measure(detector, images, images_per_worker, default(model))
@@ -108,3 +111,14 @@ def diagnose(
     }
     of_python = [replace(finding, in_python=True) for finding in findings]
     return Diagnosis(settings, layers, probe, of_python, notes, left_out)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    estimates = logging.getLogger(collect.__name__)
+    before = estimates.level
+    estimates.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        estimates.setLevel(before)
