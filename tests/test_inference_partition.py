@@ -266,15 +266,27 @@ def detector(folder: Path, kind: str, size: int, *more: str) -> Any:
     return cfg
 
 
-@pytest.mark.parametrize("kind", ["mask rcnn", "retinanet"])
+KINDS = {
+    "mask rcnn": (),
+    "cascade": (
+        *("MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "MODEL.RPN.POST_NMS_TOPK_TRAIN", 40),
+        *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True),
+    ),
+    "retinanet": (),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_detector_finds_with_own_images_what_it_finds_one_by_one(folder: Path, kind: str) -> None:
-    """Also with its own proposals, and masks of what it found."""
-    one_by_one = found(detector(folder, kind, 1))
+    """Also with its own proposals, those of each stage of a cascade, and masks of what it found."""
+    more = KINDS[kind]
+    one_by_one = found(detector(folder, kind, 1, *more))
     assert sum(len(image["scores"]) for image in one_by_one) > NUM_IMAGES
-    assert same(found(detector(folder, kind, 3, "BN.INFERENCE_PARTITION", "image")), one_by_one)
-    together = found(detector(folder, kind, 3))
+    by_image = found(detector(folder, kind, 3, "BN.INFERENCE_PARTITION", "image", *more))
+    assert same(by_image, one_by_one)
+    together = found(detector(folder, kind, 3, *more))
     assert not same(together, one_by_one)
-    shuffled = found(detector(folder, kind, 3, "BN.INFERENCE_PARTITION", "shuffle"))
+    shuffled = found(detector(folder, kind, 3, "BN.INFERENCE_PARTITION", "shuffle", *more))
     assert not same(shuffled, one_by_one)
     assert same(shuffled, together) == (kind == "retinanet")  # whole maps, of all images
 

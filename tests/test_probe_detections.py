@@ -10,6 +10,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from bn_detection.leakage import (
     measure_own_detections,
 )
 from bn_detection.norm import set_inference
+from bn_detection.study.results import _add_probe
 
 IMAGES = 20
 LAYER = "roi_heads.box_head.norm"
@@ -346,6 +348,17 @@ def test_a_loader_of_pairs_of_image_and_target() -> None:
     assert isinstance(report, DetectionReport)
     assert report.modes["image"]["box_ap"].value == 100
     assert (report.images, report.objects, report.windows) == (2, 1, 2)
+
+
+def test_a_study_reads_it_as_it_reads_the_other_probe() -> None:
+    model, truth = small()
+    batches = [[{"image_id": "a"}], [{"image_id": "b"}]]
+    report = measure_detections(model, batches, found_in, truth)
+    collected = Mock()
+    _add_probe(collected, Mock(), report.to_json())
+    names = {call.args[0] for call in collected.add.call_args_list}
+    modes = {f"box AP, {mode}" for mode in ("own image", "shuffled", "population")}
+    assert names == modes | {"leakage in box AP", "inconsistency in box AP"}
 
 
 @pytest.mark.parametrize(

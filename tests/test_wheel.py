@@ -101,10 +101,11 @@ def test_demo_diagnose_and_study_in_an_empty_folder(
     environment: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     datasets = []
-    for split, num_images in (("train", 4), ("val", 2)):
+    for split, num_images in (("train", 4), ("val", 4)):
         made = make_leaky_shapes(tmp_path / split, num_images, seed=1, split=split)
         datasets.append([f"demo_{split}", str(made.annotations), str(made.images)])
     overrides = ["DATASETS.COCO_JSON", str(datasets), "SOLVER.MAX_ITER", "1"]
+    overrides += ["BN.LEAKAGE.PERIOD", "1"]
     overrides += ["DATASETS.TRAIN", "('demo_train',)", "DATASETS.TEST", "('demo_val',)"]
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -136,8 +137,9 @@ def test_demo_diagnose_and_study_in_an_empty_folder(
         metrics = json.loads((folder / variant / path / "results.json").read_text())
         assert metrics["BN.INFERENCE"] == inference
         assert aps[variant][inference]["mask"] == metrics["results"]["segm"]["AP"]
-    with Image.open(folder / "leak.png") as figure:
-        assert figure.width > 600
+    for name in ("leak.png", "leak_over_training.png"):
+        with Image.open(folder / name) as figure:
+            assert figure.width > 600
 
     weights = ("MODEL.WEIGHTS", folder / "BN" / "model_final.pth")
     flags = ("--config-file", "output/demo/BN/config.yaml", "--num-gpus", "2", "--quick")

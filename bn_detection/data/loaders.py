@@ -150,6 +150,8 @@ def load_test_dicts(cfg: CfgNode, dataset_name: str) -> list[dict[str, Any]]:
         ConfigError: the dataset's number of classes is not the model's.
     """
     with _proposals(cfg, "PROPOSAL_FILES_TEST") as files:
+        if files is not None:
+            files = [files[list(cfg.DATASETS.TEST).index(dataset_name)]]
         dicts = get_detection_dataset_dicts(
             dataset_name, filter_empty=False, proposal_files=files, check_consistency=False
         )

@@ -195,6 +195,11 @@ def _check_bn(cfg: CfgNode) -> None:
     for key, minimum in (("PERIOD", 0), ("CHANNELS", 1)):
         if node.TRACE[key] < minimum:
             raise ConfigError(f"BN.TRACE.{key} {node.TRACE[key]}: it must be at least {minimum}.")
+    for key, minimum in (("PERIOD", 0), ("LIVE_IMAGES", 2)):
+        if node.LEAKAGE[key] < minimum:
+            raise ConfigError(
+                f"BN.LEAKAGE.{key} {node.LEAKAGE[key]}: it must be at least {minimum}."
+            )
 
 
 def _check_inference_partition(node: CfgNode) -> None:

@@ -15,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..config import ConfigError
 from ..data import build_train_loader
+from ..leakage import check_probe_config
+from ..leakage.live import MeasureLeakage, live_measurement
 from ..population import (
     AverageStatistics,
     FreezeStatistics,
@@ -58,6 +60,8 @@ def add_statistics_hooks(
     built[first_use:first_use] = statistics
     if cfg.BN.TRACE.PERIOD > 0:
         built.insert(0, _trace_hook(trainer, built))
+    if cfg.BN.LEAKAGE.PERIOD > 0:
+        built.insert(0, _leakage_hook(trainer))
     return built
 
 
@@ -84,6 +88,18 @@ def _trace_hook(trainer: DefaultTrainer, built: list[HookBase | None]) -> HookBa
         if isinstance(hook, PreciseStatistics):
             hook.listeners.append(trace.record_population)
     return trace
+
+
+def _leakage_hook(trainer: DefaultTrainer) -> HookBase:
+    cfg, model = trainer.cfg, model_itself(trainer)
+    if not batch_norms_in_training(model, cfg.BN.MODULES):
+        raise ConfigError(
+            f"BN.LEAKAGE.PERIOD {cfg.BN.LEAKAGE.PERIOD}: no BN layer in training mode matches "
+            f"BN.MODULES {list(cfg.BN.MODULES)}, so there is no batch that could leak. "
+            f"{describe_batch_norms(model)}"
+        )
+    check_probe_config(cfg)
+    return MeasureLeakage(live_measurement(cfg, model), cfg.BN.LEAKAGE.PERIOD)
 
 
 def _population_hook(trainer: DefaultTrainer) -> HookBase:

@@ -115,6 +115,7 @@ def sample_rois(
     loader = build_detection_test_loader(
         numbered,
         mapper=SkipUnreadable(mapper, cfg.OUTPUT_DIR, dataset=name),
+        sampler=range(len(numbered)),  # all of them, also on one worker of several
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
     with training_proposals(model.proposal_generator):

@@ -14,6 +14,7 @@ from ..data import LeakyShapesConfig, draw_image
 from ..shipped import SHIPPED
 from .executors import LocalExecutor
 from .matrix import Task
+from .results import read_curves
 from .scheduler import execute
 
 matplotlib.use("Agg")
@@ -40,12 +41,13 @@ MEANING = {
 
 # After 1200 steps some seeds are in the middle of learning the object itself.
 LENGTH = ["SOLVER.MAX_ITER", "1600", "SOLVER.STEPS", "(1270,)"]
+LIVE = ["BN.LEAKAGE.PERIOD", "200"]
 
 AveragePrecisions = dict[str, dict[str, dict[str, float]]]
 
 
 def run_demo(folder: Path, *, workers: int = 2, overrides: list[str] | None = None) -> Path:
-    """Train and evaluate BN and ShuffleBN, print the table, write the figure and the results.
+    """Train and evaluate BN and ShuffleBN, print the table, write the figures and the results.
 
     What is already finished in ``folder`` is not done again, and an interrupted training goes on.
 
@@ -66,7 +68,7 @@ def run_demo(folder: Path, *, workers: int = 2, overrides: list[str] | None = No
     for name, config in VARIANTS.items():
         output = folder.absolute() / name
         command = command_line("train", "--config-file", config, "--num-gpus", workers)
-        options = ["OUTPUT_DIR", str(output), *LENGTH, *(overrides or [])]
+        options = ["OUTPUT_DIR", str(output), *LENGTH, *LIVE, *(overrides or [])]
         training = Task(
             f"{name}: training",
             "training",
@@ -94,8 +96,11 @@ def run_demo(folder: Path, *, workers: int = 2, overrides: list[str] | None = No
     results = folder / "results.json"
     results.write_text(json.dumps({"AP": precisions}, indent=2) + "\n")
     _draw(precisions, folder / "leak.png")
+    curves = {name: _leak_over_training(folder / name) for name in VARIANTS}
+    _draw_curves(curves, folder / "leak_over_training.png")
     _print_table(precisions)
-    print(f"\nFigure: {folder / 'leak.png'}   Numbers: {results}")
+    figures = " ".join(str(folder / name) for name in ("leak.png", "leak_over_training.png"))
+    print(f"\nFigures: {figures}   Numbers: {results}")
     print(f"Done in {time.monotonic() - start:.0f} s. To do it again, remove {folder}.")
     return results
 
@@ -103,6 +108,10 @@ def run_demo(folder: Path, *, workers: int = 2, overrides: list[str] | None = No
 def _read_ap(path: Path) -> dict[str, float]:
     results = json.loads(path.read_text())["results"]
     return {"box": results["bbox"]["AP"], "mask": results["segm"]["AP"]}
+
+
+def _leak_over_training(folder: Path) -> dict[int, float]:
+    return read_curves(folder / "metrics.json").get("leakage/accuracy", {})
 
 
 def _print_table(precisions: AveragePrecisions) -> None:
@@ -173,5 +182,20 @@ def _draw(precisions: AveragePrecisions, path: Path) -> None:
         frameon=False,
         ncols=2,
     )
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _draw_curves(curves: dict[str, dict[int, float]], path: Path) -> None:
+    """The leak over the iterations, a line a variant."""
+    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    axes.axhline(0, color="black", linewidth=1)
+    for (name, curve), color in zip(curves.items(), ("#ee6677", "#4477aa"), strict=True):
+        axes.plot([i + 1 for i in curve], list(curve.values()), "o-", color=color, label=name)
+    axes.set_xlabel("iterations of training")
+    axes.set_ylabel("leakage, points of accuracy")
+    axes.set_title("BN learns to read the other RoIs of its batch")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -182,7 +182,11 @@ def _leak_by_run(results: StudyResults) -> Drawn | None:
 
 def _training_curves(results: StudyResults) -> Drawn | None:
     """Loss, and accuracy on foreground RoIs where it was recorded: a line a run."""
-    scalars = {"total_loss": "training loss", "fast_rcnn/fg_cls_accuracy": "foreground accuracy"}
+    scalars = {
+        "total_loss": "training loss",
+        "fast_rcnn/fg_cls_accuracy": "foreground accuracy",
+        "leakage/accuracy": "leakage, points of accuracy",
+    }
     curves: dict[str, dict[str, list[dict[int, float]]]] = {}
     for (run, _), training in results.trainings.items():
         for scalar in scalars:
@@ -192,7 +196,7 @@ def _training_curves(results: StudyResults) -> Drawn | None:
     if not curves:
         return None
     runs = [run for run in results.study.runs if any(run in of for of in curves.values())]
-    figure, panels = new_figure(8.6 if len(curves) > 1 else 6.4, 3.8, ncols=len(curves))
+    figure, panels = new_figure(max(6.4, 4.3 * len(curves)), 3.8, ncols=len(curves))
     words = []
     for panel, scalar in zip(np.atleast_1d(panels), curves, strict=True):
         ends = []
@@ -209,7 +213,7 @@ def _training_curves(results: StudyResults) -> Drawn | None:
                 ends.append(f"{run}: {mean[-1]:.3g} at iteration {common[-1]}")
         panel.set_xlabel("iteration")
         panel.set_ylabel(scalars[scalar])
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(bottom=min(0, panel.get_ylim()[0]) if scalar.startswith("leak") else 0)
         panel.xaxis.set_major_locator(MaxNLocator(5))
         words.append(f"{scalars[scalar].capitalize()}: {'; '.join(ends)}.")
     _legend_above(figure, np.atleast_1d(panels)[0])

@@ -188,7 +188,7 @@ def _read_training(folder: Path) -> Training:
         versions=versions.get("versions", {}),
         device=versions.get("device"),
         seconds=_read_json(folder / "training.json").get("seconds"),
-        curves=_read_curves(folder / "metrics.json"),
+        curves=read_curves(folder / "metrics.json"),
     )
 
 
@@ -200,8 +200,15 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _read_curves(path: Path) -> dict[str, dict[int, float]]:
-    """Detectron2's scalars; what ran again after an interruption replaces what it had written."""
+def read_curves(path: Path) -> dict[str, dict[int, float]]:
+    """Detectron2's scalars; what ran again after an interruption replaces what it had written.
+
+    Args:
+        path: ``metrics.json`` of a training.
+
+    Returns:
+        By name and iteration, from 0.
+    """
     curves: dict[str, dict[int, float]] = {}
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
