@@ -34,9 +34,10 @@ class Detectron2Detector(Detector):
 
     @property
     def num_labels(self) -> int | None:
-        for module in (getattr(self.model, "roi_heads", None), self.model):
-            if hasattr(module, "num_classes"):
-                return int(module.num_classes)
+        part: Any
+        for part in (getattr(self.model, "roi_heads", None), self.model):
+            if hasattr(part, "num_classes"):
+                return int(part.num_classes)
         return None
 
     def read(self, item: Any) -> tuple[Any, Any] | None:
