@@ -50,8 +50,9 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config-file",
         default="",
-        metavar="FILE.yaml",
-        help="a file, or the name of one of bn_detection's or Detectron2's model zoo",
+        metavar="FILE",
+        help="YAML, or a LazyConfig (.py, which is run); or the name of one of bn_detection's or "
+        "Detectron2's model zoo",
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint of OUTPUT_DIR"

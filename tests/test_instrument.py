@@ -400,6 +400,14 @@ def test_flags_that_cannot_be(
     assert message in capsys.readouterr().err
 
 
+def test_flags_of_a_config(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("recalibrate", "tiny_rcnn", "--images", "a", "--output", "a.pth") == 2
+    assert "--images a: it goes with --config-file" in capsys.readouterr().err
+    common = ("--coco", "a", "b", "--output", "a.json", "--on", "rois")
+    assert run("probe", "tiny_rcnn", *common) == 2
+    assert "--on rois" in capsys.readouterr().err
+
+
 def test_weights_of_another_model(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(own_detector().state_dict(), "other.pth")
     np.save("array.npy", np.zeros(3))

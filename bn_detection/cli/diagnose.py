@@ -25,8 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config-file",
         default="",
-        metavar="FILE.yaml",
-        help="of the training; also the name of one of bn_detection's or Detectron2's model zoo",
+        metavar="FILE",
+        help="of the training: YAML, or a LazyConfig (.py, which is run); also the name of one of "
+        "bn_detection's or Detectron2's model zoo",
     )
     parser.add_argument("--quick", action="store_true", help="fewer images: about a minute")
     parser.add_argument("--images", type=int, metavar="N", help="instead of 512, or 64 if quick")

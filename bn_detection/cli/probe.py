@@ -15,7 +15,7 @@ EXAMPLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    parser.add_argument("--config-file", default="", metavar="FILE.yaml", help="of the training")
+    parser.add_argument("--config-file", default="", metavar="FILE", help="of the training")
     parser.add_argument("--output", required=True, metavar="FILE.json", help="the report")
     parser.add_argument(
         "--on",

@@ -86,6 +86,12 @@ def probe_model(args: argparse.Namespace) -> None:
 
 def recalibrate_model(args: argparse.Namespace) -> None:
     """``bn-detection recalibrate --model``."""
+    for flag in ("images", "dataset"):
+        if getattr(args, flag):
+            raise ConfigError(
+                f"--{flag} {getattr(args, flag)}: it goes with --config-file. With --model give "
+                "--coco or --image-folder."
+            )
     output = _output(args, ".pth")
     model, checkpoint = load_model(args)
     if not batch_norms(model):
