@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .config import ConfigError, add_bn_detection_config
     from .data import register_datasets
     from .heads import BNOptions, configure_model, convert_norm, to_plain_batch_norm
+    from .instrument import diagnose, measure_leakage, recalibrate
     from .norm import PartitionedBatchNorm2d, set_inference
 
 __version__ = "0.1.0"
@@ -35,8 +36,11 @@ __all__ = [
     "add_bn_detection_config",
     "configure_model",
     "convert_norm",
+    "diagnose",
     "heads",
+    "measure_leakage",
     "norm",
+    "recalibrate",
     "register_datasets",
     "set_inference",
     "to_plain_batch_norm",
@@ -44,7 +48,7 @@ __all__ = [
 
 _REGISTERED = {"detectron2.data": "data", "detectron2.modeling": "heads"}
 """Who enters whose registries."""
-_ROOMS = ("config", "norm", "heads", "data")
+_ROOMS = ("config", "norm", "heads", "data", "instrument")
 """Where the names of ``__all__`` are defined."""
 
 

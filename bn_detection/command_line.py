@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from .config import ConfigError
+
 STATUS = """\
 exit status:
   0 done; 1 a failure, or findings; 2 an error in the configuration or its input
@@ -48,8 +50,9 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config-file",
         default="",
-        metavar="FILE.yaml",
-        help="a file, or the name of one of bn_detection's or Detectron2's model zoo",
+        metavar="FILE",
+        help="YAML, or a LazyConfig (.py, which is run); or the name of one of bn_detection's or "
+        "Detectron2's model zoo",
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint of OUTPUT_DIR"
@@ -101,6 +104,58 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="show where an error comes from, not only what it is",
     )
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a model that has no config of Detectron2's.
+
+    Args:
+        parser: of a command that measures a model.
+    """
+    group = parser.add_argument_group("any torch detector, in place of --config-file")
+    group.add_argument(
+        "--model",
+        metavar="MODULE:FUNCTION",
+        help="what builds it, such as my_project.models:detector, or "
+        "torchvision:fasterrcnn_resnet50_fpn_v2",
+    )
+    group.add_argument("--weights", metavar="FILE", help="its state_dict, or a checkpoint with one")
+    group.add_argument(
+        "--num-classes", type=int, metavar="N", help="of torchvision:NAME, the background too"
+    )
+    group.add_argument(
+        "--coco", nargs=2, metavar=("JSON", "FOLDER"), help="its images, with labels"
+    )
+    group.add_argument("--image-folder", metavar="FOLDER", help="its images, without labels")
+    group.add_argument(
+        "--images-per-gpu",
+        type=int,
+        default=2,
+        metavar="N",
+        help="images of a step of its training on one GPU",
+    )
+
+
+def chosen_model(args: argparse.Namespace, *, needed: bool = True) -> bool:
+    """Whether a command is about ``--model``, not ``--config-file``.
+
+    Args:
+        args: with the flags of :func:`add_model_flags`.
+        needed: whether one of both has to be given.
+
+    Raises:
+        ConfigError: both are given, or none; or images without a model.
+    """
+    if args.model and args.config_file:
+        raise ConfigError(f"--model {args.model}: give it or --config-file, not both.")
+    if needed and not (args.model or args.config_file):
+        raise ConfigError("Give --config-file, or --model.")
+    for flag in ("weights", "num_classes", "coco", "image_folder"):
+        if getattr(args, flag) and not args.model:
+            raise ConfigError(f"--{flag.replace('_', '-')} goes with --model.")
+    if args.images_per_gpu < 1:
+        raise ConfigError(f"--images-per-gpu {args.images_per_gpu}: at least 1 is needed.")
+    return bool(args.model)
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

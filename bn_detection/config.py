@@ -44,6 +44,9 @@ def add_bn_detection_config(cfg: CfgNode) -> None:
     # What inference normalizes with: "population" (the running statistics) or "batch" (the
     # statistics of the current forward on this process).
     cfg.BN.INFERENCE = "population"
+    # The LazyConfig that the model is of, and the overrides of it: what --config-file FILE.py was
+    # given. No other file may set it, for a LazyConfig is code.
+    cfg.BN.LAZY_CONFIG = []
     # Which RoIs (or feature maps) of a forward share the statistics of "batch": "forward" (all of
     # them), "image" (those of an image), "shuffle" (as many random ones of all its images; whole
     # feature maps of all), "ghost" (BN.GHOST.SIZE random ones), or a partition of one's own.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -16,7 +17,11 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
-EXAMPLES = {f"examples/{p.name}": f"examples/{p.stem}.md" for p in (ROOT / "examples").glob("*.py")}
+EXAMPLES = {
+    f"examples/{p.name}": f"examples/{p.stem}.md"
+    for p in (ROOT / "examples").iterdir()
+    if p.suffix in (".py", ".ipynb")
+}
 
 LINK = re.compile(r"\[([^\[\]]*)\]\(([^)\s:#]+)((?:#[\w-]*)?)\)")
 FORMULA = re.compile(r"^```math\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -30,9 +35,19 @@ def on_files(files: Files, config: Any) -> Files:
         text = text.replace('src="docs/', 'src="').replace('srcset="docs/', 'srcset="')
         files.append(File.generated(config, page, content=text))
     for source, page in EXAMPLES.items():
-        text = f"# {source}\n\n```python\n{(ROOT / source).read_text()}```\n"
+        text = (ROOT / source).read_text()
+        text = _notebook(text) if source.endswith(".ipynb") else f"```python\n{text}```\n"
+        text = text if text.startswith("# ") else f"# {source}\n\n{text}"
         files.append(File.generated(config, page, content=text))
     return files
+
+
+def _notebook(text: str) -> str:
+    """The cells of a notebook as Markdown."""
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(text)["cells"]]
+    return "\n\n".join(
+        f"```python\n{code}\n```" if kind == "code" else code for kind, code in cells
+    )
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

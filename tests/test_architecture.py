@@ -19,14 +19,16 @@ BELOW = {
     "page": {""},
     "workers": {""},
     "norm": set(),
-    "heads": {"", "norm"},
-    "population": {"", "norm", "heads"},
+    "detectors": {"", "norm"},
+    "heads": {"", "norm", "detectors"},
+    "population": {"", "norm", "detectors", "heads"},
     "data": {""},
-    "leakage": {"", "page", "norm", "heads", "population", "data"},
-    "engine": {"", "page", "workers", "norm", "heads", "population", "data", "leakage"},
-    "study": {"", "page", "workers", "norm", "heads", "population", "data", "leakage", "engine"},
 }
-BELOW["cli"] = {*BELOW, "study"}
+BELOW["leakage"] = {*BELOW} - {"install_detectron2", "workers"}
+BELOW["instrument"] = {*BELOW["leakage"], "leakage"}
+BELOW["engine"] = {*BELOW["instrument"], "instrument", "workers"}
+BELOW["study"] = {*BELOW["engine"], "engine"}
+BELOW["cli"] = {*BELOW}
 """What each room may import from."""
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

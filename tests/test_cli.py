@@ -144,7 +144,7 @@ def test_a_command_line_is_of_this_python_and_package() -> None:
         (["trian"], "'trian' (choose from"),
         (["train", "--num-gpu"], "--num-gpu"),
         (["train", "--num-gpus", "two"], "--num-gpus"),
-        (["probe"], "--config-file"),
+        (["probe"], "--output"),
         (["study", "x.yaml", "--executor", "cloud"], "--executor"),
     ],
 )

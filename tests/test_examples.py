@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from notebooks import run_notebook
 from tooling import run_script
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -60,3 +61,28 @@ def test_plug_in(tmp_path: Path) -> None:
     assert again.returncode == 1, again.stdout + again.stderr
     (largest,) = re.findall(r"Largest difference .*: (\S+)\.\n", again.stdout)
     assert float(largest) > 1e-5
+
+
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize("norm", ["", "GN"])
+def test_torchvision_finetune(norm: str, tmp_path: Path) -> None:
+    """Few steps: the stock model trains on one image a step, and is diagnosed; so is the other."""
+    small = ("--steps", "2", "--images", "4", "--output-dir", str(tmp_path))
+    run = example("torchvision_finetune.py", *small, *(["--norm", norm] if norm else []))
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "step 2 of 2: loss" in run.stdout and "4 images, which have" in run.stdout
+    state = torch.load(tmp_path / f"{norm or 'BN'}.pth")["model"]
+    assert ("roi_heads.box_head.0.1.running_mean" in state) == (not norm)
+
+
+@pytest.mark.timeout(280)
+def test_notebook(tmp_path: Path) -> None:
+    """Its cells run, and show reports: pages, and tables."""
+    few = {"steps": 2, "images": 4, "train_images": 4, "folder": str(tmp_path)}
+    shown = run_notebook(EXAMPLES / "diagnose.ipynb", **few)
+    assert [bool(cell.html) for cell in shown] == [False] * 3 + [True] * 4
+    leak, diagnosis, recalibration, other = (cell for cell in shown if cell.html)
+    assert "leakage = image - shuffle" in leak.html
+    assert diagnosis.html.startswith("<iframe srcdoc=") and "roi_heads.box_head" in diagnosis.html
+    assert "Statistics of 4 layers" in recalibration.html
+    assert "The model has no BN layer" in other.html

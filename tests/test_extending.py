@@ -19,9 +19,18 @@ from PIL import Image
 from reference import CHANNELS, assert_close, reference_step, samples, set_affine, step
 from test_diagnose import examined, layer
 from torch import Tensor, nn
+from torch.nn.functional import batch_norm
 
-from bn_detection import ConfigError, PartitionedBatchNorm2d, add_bn_detection_config
+from bn_detection import (
+    ConfigError,
+    PartitionedBatchNorm2d,
+    add_bn_detection_config,
+    convert_norm,
+    diagnose,
+    measure_leakage,
+)
 from bn_detection.data import CORRUPTIONS, read_corrupted_name, register_corruption
+from bn_detection.detectors import detector, detector_of
 from bn_detection.engine import check_config
 from bn_detection.heads import PartitionedHead, norm_names
 from bn_detection.leakage.findings import conclude, rules
@@ -42,7 +51,7 @@ def run_page(name: str) -> dict[str, Any]:
 
 
 REGISTRIES = (
-    *(partition._REGISTRY, ESTIMATORS, CORRUPTIONS),
+    *(partition._REGISTRY, ESTIMATORS, CORRUPTIONS, detector._REGISTRY),
     *(rules._REGISTRY, ROI_BOX_HEAD_REGISTRY._obj_map),
 )
 
@@ -258,6 +267,31 @@ def test_finding() -> None:
     assert found.fix == {"BN": {"CONVERT": [["*", "SyncBN"]]}}
     more = ("BN.DIAGNOSIS.THRESHOLDS", [["MY101", 5]])
     assert conclude(examined(layers=small, more=more))[0] == []
+
+
+# ----------------------------------------------------------------------------------------------
+# A family of detectors
+# ----------------------------------------------------------------------------------------------
+
+
+def test_family_of_detectors() -> None:
+    """Measured, and its batches by image are those of each image's RoIs."""
+    page = run_page("detector")
+    torch.manual_seed(0)
+    model = page["RowDetector"]()
+    assert type(detector_of(model)) is page["Adapter"]
+    items = [(torch.rand(3, 40, 40), {"boxes": [[0, 0, 16, 16]], "labels": [1]}) for _ in range(8)]
+    report = measure_leakage(model, items)
+    assert report.batch_norms == ["head.layers.0"] and report.modes["image"]["box_ap"].is_known
+    found = {layer.name: layer.rows for layer in diagnose(model, items).layers}
+    assert found == {"backbone.1": "images", "head.layers.0": "RoIs"}
+    convert_norm(model, "ImageBN", "head.layers")
+    x = torch.stack([image for image, _ in items])
+    boxes = torch.tensor([[0.0, 0, 16, 16], [16, 16, 32, 32]])
+    rois = model.head.pooler(model.backbone(x), boxes)
+    expected = [batch_norm(part, None, None, training=True).relu() for part in rois.split(2)]
+    actual = model.head.layers(model.head.pooler(model.backbone(x), boxes))
+    torch.testing.assert_close(actual, torch.cat(expected), rtol=1e-4, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------

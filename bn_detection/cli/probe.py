@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..command_line import add_common_flags, add_overrides
+from ..command_line import add_common_flags, add_model_flags, add_overrides, chosen_model
 
 EXAMPLE = (
     "bn-detection demo\n"
@@ -19,7 +19,7 @@ EXAMPLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    parser.add_argument("--config-file", required=True, metavar="FILE.yaml", help="of the training")
+    parser.add_argument("--config-file", default="", metavar="FILE", help="of the training")
     parser.add_argument("--output", required=True, metavar="FILE.json", help="the report")
     parser.add_argument(
         "--on",
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(the default where the second stage is known); detections: the AP of the detector's own "
         "detections, of any detector",
     )
+    add_model_flags(parser)
     add_common_flags(parser)
     add_overrides(parser)
     # One process: a normalization batch is what the probe makes of it, not what a worker has.
@@ -36,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, in this process."""
+    if chosen_model(args):
+        from ..instrument import commands
+
+        commands.probe_model(args)
+        return
     from .. import engine
 
     engine.run(engine.probe, args, engine.preflight_probe)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..command_line import add_training_flags
+from ..command_line import add_model_flags, add_training_flags, chosen_model
 
 EXAMPLE = (
     "bn-detection demo\n"
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="evaluate on DATASETS.TEST before and after, and write the statistics with more AP",
     )
+    add_model_flags(parser)
     images = parser.add_mutually_exclusive_group()
     images.add_argument("--dataset", metavar="NAME", help="instead of DATASETS.TRAIN")
     images.add_argument(
@@ -50,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Launch the workers."""
+    if chosen_model(args, needed=False):
+        from ..instrument import commands
+
+        commands.recalibrate_model(args)
+        return
     from .. import engine
 
     engine.choose_workers(args)

@@ -59,7 +59,7 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
 
 
 def read_config_file(path: str) -> dict[str, Any]:
-    """The content of a config file with that of its ``_BASE_`` files, as data.
+    """The content of a YAML config file with that of its ``_BASE_`` files, as data.
 
     Args:
         path: of a file that :func:`merge_config_file` has taken.
@@ -121,16 +121,16 @@ def _with_bases(path: str, name: str, depth: int = 0) -> Iterator[_File]:
         base = os.path.join(os.path.dirname(path), os.path.expanduser(base))
         if not os.path.isfile(base):
             raise ConfigError(f"{where}: there is no file {os.path.normpath(base)}.")
+        if base.endswith(".py"):
+            raise ConfigError(
+                f"{where}: a base is YAML. A LazyConfig is code, which runs where --config-file "
+                "names it alone."
+            )
         yield from _with_bases(base, name, depth + 1)
 
 
 def _read(path: str, name: str) -> tuple[yaml.MappingNode, dict[str, Any]]:
     where = _named(name, path)
-    if path.endswith(".py"):
-        raise ConfigError(
-            f"{where}: a config file here is YAML. A LazyConfig is Python, for programs of your "
-            "own: examples/lazy_config.py."
-        )
     with reading_yaml(where):
         with open(path, encoding="utf-8") as file:
             loader = DataLoader(file.read())

@@ -44,6 +44,7 @@ from ..shipped import find_config
 from .checkpoint import StrictCheckpointer
 from .checks import check_config
 from .config_files import read_config_file
+from .lazy_files import is_lazy
 from .rehearsal import rehearse
 from .setup import begin, installed_versions, load_config, register_datasets
 from .trained import workers_of_training
@@ -336,4 +337,4 @@ def _probe(
 
 def _uses_project(config_file: str) -> bool:
     """Whether the config is of this project's trainer, which averages running statistics."""
-    return "BN" in read_config_file(config_file)
+    return not is_lazy(config_file) and "BN" in read_config_file(config_file)

@@ -16,7 +16,6 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from fvcore.nn import update_bn_stats
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from ..config import ConfigError
@@ -36,7 +35,8 @@ from ..population import (
     frozen_batch_norms,
     mix_statistics,
     mixing_weight,
-    statistics_change,
+    record_change,
+    table_of_changes,
     untouched,
 )
 from .checkpoint import StrictCheckpointer, save_atomically
@@ -48,8 +48,6 @@ from .trained import workers_to_start
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
-
-_ROWS_SHOWN = 12
 
 
 def choose_workers(args: argparse.Namespace) -> None:
@@ -190,7 +188,9 @@ def recalibrate(args: argparse.Namespace) -> None:
     }
     if weight is not None:
         statistics = mix_statistics(model, statistics, weight)
-    by_layer = {name: _record(model, name, new) for name, new in statistics.items()}
+    by_layer = {
+        name: record_change(model.get_submodule(name), new) for name, new in statistics.items()
+    }
     record = {"settings": settings, "layers": by_layer}
     old = {key: value.clone() for key, value in model.state_dict().items()}
     apply_statistics(model, statistics)
@@ -209,7 +209,7 @@ def recalibrate(args: argparse.Namespace) -> None:
             "ln(new std / old std).\n%s",
             len(by_layer),
             num_images,
-            _table(by_layer),
+            table_of_changes(by_layer),
         )
         if comparison:
             logger.info("%s", comparison.text())
@@ -308,30 +308,6 @@ def _collect_by_fvcore(
     return found
 
 
-def _record(model: nn.Module, name: str, new: PopulationStatistics) -> dict[str, Any]:
-    """What the record says of a layer."""
-    record: dict[str, Any] = {"values": new.count}
-    if new.count < 2:  # it keeps its statistics
-        return record
-    change = statistics_change(model.get_submodule(name), new)
-    channel = change.largest_channel
-    return record | {
-        "relative_standard_error": _or_none(new.relative_error),
-        "change_of_mean": _or_none(change.rms_mean),
-        "change_of_log_std": _or_none(change.rms_std),
-        "largest": {
-            "channel": channel,
-            "change_of_mean": _or_none(change.mean[channel].item()),
-            "change_of_log_std": _or_none(change.std[channel].item()),
-        },
-    }
-
-
-def _or_none(value: float) -> float | None:
-    """JSON has no nan."""
-    return value if math.isfinite(value) else None
-
-
 def _write(
     output: Path,
     state: dict[str, Tensor],
@@ -344,32 +320,6 @@ def _write(
     with replacing(_record_path(output)) as file:
         file.write_text(json.dumps(record, indent=2) + "\n")
         save_atomically(weights, str(output))
-
-
-def _table(by_layer: dict[str, dict[str, Any]]) -> str:
-    def size(record: dict[str, Any]) -> float:
-        changes = (record.get("change_of_mean"), record.get("change_of_log_std"))
-        return max((change for change in changes if change is not None), default=-1.0)
-
-    rows = []
-    most_changed = sorted(by_layer.items(), key=lambda item: size(item[1]), reverse=True)
-    for name, record in most_changed[:_ROWS_SHOWN]:
-        error = record.get("relative_standard_error")
-        largest = record.get("largest", {})
-        rows.append(
-            (
-                name,
-                record["values"],
-                None if error is None else f"{error:.2%}",
-                record.get("change_of_mean"),
-                record.get("change_of_log_std"),
-                largest.get("channel"),
-            )
-        )
-    headers = ("layer", "values", "standard error", "shift", "ln std", "most changed channel")
-    table = tabulate(rows, headers, floatfmt=".3f", missingval="-")
-    more = len(by_layer) - len(rows)
-    return f"{table}\n... and {more} layers that changed less" if more > 0 else table
 
 
 def _evaluation_command(args: argparse.Namespace) -> str:

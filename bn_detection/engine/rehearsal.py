@@ -18,7 +18,7 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_train_loader
 from detectron2.engine import DefaultTrainer
-from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -27,6 +27,7 @@ from torch import nn
 
 from ..config import ConfigError, add_bn_detection_config, one_line
 from ..heads import configure_model
+from .lazy_files import build
 from .values import leaves
 
 _REGISTRIES = {
@@ -208,7 +209,7 @@ def _in_small(cfg: CfgNode) -> CfgNode:
 
 
 def _build(cfg: CfgNode) -> nn.Module:
-    return configure_model(cfg, build_model(cfg))
+    return configure_model(cfg, build(cfg))
 
 
 def _build_solver(cfg: CfgNode) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import errno
-import importlib
 import json
 import logging
 import os
 import platform
 import re
 import sys
-from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from ..config import ConfigError, add_bn_detection_config, one_line
+from ..config import ConfigError, add_bn_detection_config
 from ..data import (
     LEAKY_SHAPES,
     check_datasets,
@@ -32,12 +30,14 @@ from ..data import (
     register_datasets,
 )
 from ..files import FolderLock, make_folder, replacing
+from ..imports import import_module_of_user
 from ..norm import FORWARD
 from ..shipped import find_config
 from ..workers import restarted
 from .checkpoint import last_checkpoint
 from .checks import check_config
 from .config_files import merge_config_file, merge_overrides
+from .lazy_files import is_lazy, merge_lazy_config, split_overrides
 from .rehearsal import rehearse
 from .terminal import print_answers_only
 from .trained import VERSIONS_NAME
@@ -56,29 +56,32 @@ def load_config(args: argparse.Namespace, *, unknown_keys: bool = False) -> CfgN
     Raises:
         ConfigError: the file or a module of ``--import`` cannot be read, or a key or the type of a
             value is wrong.
+
+    A file that ends in ``.py`` is a LazyConfig, and is run.
     """
-    _import(getattr(args, "imports", ()))
+    for module in getattr(args, "imports", ()):
+        import_module_of_user(module, f"--import {module}")
     cfg = get_cfg()
     add_bn_detection_config(cfg)
-    if args.config_file:
+    overrides = args.opts
+    lazy: list[str] = []
+    path = find_config(args.config_file) if args.config_file else ""
+    if is_lazy(path):
+        model_overrides, overrides = split_overrides(args.opts)
+        training = getattr(args, "eval_only", None) is False and not hasattr(args, "output")
+        merge_lazy_config(cfg, path, model_overrides, training=training)
+        lazy = cfg.BN.LAZY_CONFIG
+    elif path:
         cfg.set_new_allowed(unknown_keys)
-        merge_config_file(cfg, find_config(args.config_file))
+        merge_config_file(cfg, path)
         cfg.set_new_allowed(False)
-    merge_overrides(cfg, args.opts)
+    merge_overrides(cfg, overrides)
+    if lazy != cfg.BN.LAZY_CONFIG:
+        raise ConfigError(
+            f"BN.LAZY_CONFIG {cfg.BN.LAZY_CONFIG}: a LazyConfig is code, which runs where "
+            f"--config-file names it alone: --config-file {' '.join(cfg.BN.LAZY_CONFIG[:1])}"
+        )
     return cfg
-
-
-def _import(modules: Iterable[str]) -> None:
-    """Import modules of the user's own project, in every process that reads its config."""
-    for module in modules:
-        # Where Python's -m looks first; a script looks beside itself.
-        if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
-        try:
-            importlib.import_module(module)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {one_line(error)}"
-            raise ConfigError(f"--import {module} failed: {reason}") from error
 
 
 def preflight(args: argparse.Namespace) -> str:

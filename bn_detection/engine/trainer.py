@@ -40,6 +40,7 @@ from .checkpoint import AtomicCheckpointer
 from .divergence import naming_divergence
 from .evaluation import build_evaluator
 from .hooks import add_statistics_hooks, model_itself
+from .lazy_files import build
 from .preemption import StopOnSignal, noting_signals
 from .resume import GatherResumeState, ResumeState
 from .setup import evaluation_folder
@@ -190,7 +191,9 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        return configure_model(cfg, super().build_model(cfg))
+        # Detectron2's own logs the model.
+        model = build(cfg) if cfg.BN.LAZY_CONFIG else super().build_model(cfg)
+        return configure_model(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict[str, Any]]]:

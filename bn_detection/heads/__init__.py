@@ -2,7 +2,7 @@
 
 from .backbone import SmallConvBackbone, SmallPyramidBackbone
 from .configure import configure_model
-from .convert import convert_norm, in_roi_heads, norm_layers, to_plain_batch_norm
+from .convert import convert_norm, norm_layers, to_plain_batch_norm
 from .dense import BNFCOSHead, BNRetinaNet, BNRetinaNetHead, level_options
 from .norms import FROZEN, SHUFFLE_MODES, BNOptions, NormFactory, norm_names
 from .roi_heads import (
@@ -32,7 +32,6 @@ __all__ = [
     "SmallPyramidBackbone",
     "configure_model",
     "convert_norm",
-    "in_roi_heads",
     "level_options",
     "norm_layers",
     "norm_names",

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from detectron2.layers import CycleBatchNormList, NaiveSyncBatchNorm
-from detectron2.modeling import Backbone, ROIHeads
-from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Instances
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.convnext import LayerNorm2d
 
+from ..detectors import poolers, roi_heads
+from ..detectors import rows_are_images as has_maps
 from ..norm import (
     ANY_DIMENSIONS,
     InferenceScope,
@@ -71,7 +71,8 @@ def convert_norm(
             "" is the model itself.
         options: of the BN kinds.
         rows_are_images: whether each row of the modules' input is an image, for partitions by
-            image. By default True outside the ROI heads of a Detectron2 model, else False.
+            image. By default True outside the ROI heads of a detector of Detectron2, torchvision
+            or another family that :mod:`bn_detection.detectors` knows, else False.
 
     Returns:
         The names of the converted layers.
@@ -96,7 +97,7 @@ def convert_norm(
             if not layers:
                 continue
             found = True
-            images = _has_feature_maps(model, name) if rows_are_images is None else rows_are_images
+            images = has_maps(model, name) if rows_are_images is None else rows_are_images
             factory = NormFactory(norm, options, rows_are_images=images)
             if factory.shuffle is not None:
                 raise ValueError(
@@ -211,27 +212,29 @@ def _announce_at_inference(
 ) -> set[str]:
     around = {heads for name in names for heads in _roi_heads_around(model, name)}
     _announce_boxes(around, scope)
-    for heads in around:
+    for heads in around - {model}:
         for head in heads.children():
             scope.handles.append(head.register_forward_pre_hook(_rows_of_instances))
-    is_detector = any(isinstance(module, Backbone) for module in model.modules())
-    return {name for name in names if is_detector and not in_roi_heads(model, name)}
+    return {name for name in names if has_maps(model, name)}
 
 
-def _roi_heads_around(model: nn.Module, name: str) -> list[ROIHeads]:
+def _roi_heads_around(model: nn.Module, name: str) -> list[nn.Module]:
+    """The ROI heads that a module is in; of a model of no known family the model itself."""
     modules = map(model.get_submodule, lineage(name))
-    return [module for module in modules if isinstance(module, ROIHeads)]
+    return [m for m in modules if isinstance(m, roi_heads())] or [model]
 
 
-def _announce_boxes(around: Iterable[ROIHeads], scope: Scope[Any]) -> None:
+def _announce_boxes(around: Iterable[nn.Module], scope: Scope[Any]) -> None:
+    known = tuple(poolers())
     for heads in around:
         for pooler in heads.modules():
-            if isinstance(pooler, ROIPooler):
-                scope.handles.append(pooler.register_forward_pre_hook(_rows_of_boxes))
+            if isinstance(pooler, known):
+                scope.handles.append(pooler.register_forward_pre_hook(_rows_of_pooler))
 
 
-def _rows_of_boxes(pooler: nn.Module, args: tuple[Any, ...]) -> None:
-    set_rows_per_image([len(boxes) for boxes in args[1]])
+def _rows_of_pooler(pooler: nn.Module, args: tuple[Any, ...]) -> None:
+    tell = next(tell for kind, tell in poolers().items() if isinstance(pooler, kind))
+    set_rows_per_image(tell(args))
 
 
 def _rows_of_instances(head: nn.Module, args: tuple[Any, ...]) -> None:
@@ -253,7 +256,7 @@ def _outermost(model: nn.Module, glob: str) -> Iterator[tuple[str, nn.Module]]:
         in_list = name != "" and name.rpartition(".")[0] in lists
         if not (matching or in_list) or any(name.startswith(f"{t}.") for t in taken):
             continue
-        if isinstance(module, nn.ModuleList | nn.ModuleDict | ROIHeads):
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict, *roi_heads())):
             lists.append(name)
             continue
         taken.append(name)
@@ -363,17 +366,6 @@ def _num_channels(layer: nn.Module) -> int:
         if hasattr(layer, attribute):
             return getattr(layer, attribute)
     return len(next(iter(layer.state_dict().values())))
-
-
-def _has_feature_maps(model: nn.Module, name: str) -> bool:
-    """Whether ``name`` is a part of a Detectron2 model outside its ROI heads."""
-    is_detector = any(isinstance(module, Backbone) for module in model.modules())
-    return is_detector and not in_roi_heads(model, name)
-
-
-def in_roi_heads(model: nn.Module, name: str) -> bool:
-    """Whether a module is in the ROI heads of a model, or is them."""
-    return bool(_roi_heads_around(model, name))
 
 
 def _scopes(model: nn.Module) -> set[Scope[Any]]:

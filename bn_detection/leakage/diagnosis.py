@@ -10,6 +10,7 @@ from typing import Any
 from tabulate import tabulate
 
 from ..metrics import DISTANCES
+from ..notebook import framed
 from .findings import Finding, as_yaml, combined
 from .layers import LayerReport
 from .on_detections import DetectionReport
@@ -57,7 +58,8 @@ class Diagnosis:
     @property
     def yaml_of_all(self) -> str:
         """The keys of all findings in one config, where there are several; else ""."""
-        return as_yaml(combined(self.findings)) if len(self.findings) > 1 else ""
+        several = len(self.findings) > 1 and not self.findings[0].in_python
+        return as_yaml(combined(self.findings)) if several else ""
 
     def to_json(self) -> dict[str, Any]:
         """JSON types; numbers that are unknown are null."""
@@ -72,6 +74,12 @@ class Diagnosis:
             "layers": [layer.to_json() for layer in self.layers],
             "probe": None if self.probe is None else self.probe.to_json(),
         }
+
+    def _repr_html_(self) -> str:
+        """The page, for a notebook."""
+        from .diagnosis_page import page  # with matplotlib, which a training does not need
+
+        return framed(page(self))
 
     def text(self) -> str:
         """For a terminal."""
@@ -149,5 +157,5 @@ def _finding(number: int, finding: Finding) -> str:
         lines.append(f"   Likely cost: {finding.cost.text(1)} points of box AP")
     lines += [f"   - {item.text}" for item in finding.evidence]
     lines.append(_paragraph("   ", f"{finding.advice} ({finding.docs})"))
-    lines.append(textwrap.indent(finding.yaml.rstrip(), "     "))
+    lines.append(textwrap.indent(finding.cure.rstrip(), "     "))
     return "\n".join(lines)

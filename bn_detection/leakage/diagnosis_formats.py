@@ -36,7 +36,7 @@ def _markdown(diagnosis: Diagnosis) -> str:
         if finding.cost is not None:
             parts.append(f"Likely cost: {finding.cost.text(1)} points of box AP.")
         parts.append("\n".join(f"* {item.text}" for item in finding.evidence))
-        parts.append(f"{finding.advice} See `{finding.docs}`.\n\n```yaml\n{finding.yaml}```")
+        parts.append(f"{finding.advice} See `{finding.docs}`.\n\n```yaml\n{finding.cure}```")
     if diagnosis.yaml_of_all:
         parts.append(f"## The keys of all findings together\n\n```yaml\n{diagnosis.yaml_of_all}```")
     if diagnosis.notes or diagnosis.left_out:
@@ -63,7 +63,7 @@ def _junit(diagnosis: Diagnosis, rules: Mapping[str, Rule]) -> str:
             failure = xml.SubElement(case, "failure", type=rule.id)
             failure.set("message", " ".join(f"{x.symptom} {x.title}".strip() for x in found))
             failure.text = "\n".join(
-                "\n".join([*(item.text for item in x.evidence), f"{x.advice} ({x.docs})", x.yaml])
+                "\n".join([*(item.text for item in x.evidence), f"{x.advice} ({x.docs})", x.cure])
                 for x in found
             )
         if notes := [note.title for note in diagnosis.notes if note.id == rule.id]:

@@ -14,8 +14,9 @@ from detectron2.layers import CycleBatchNormList
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..detectors import in_roi_heads
 from ..estimate import Estimate
-from ..heads import FROZEN, in_roi_heads
+from ..heads import FROZEN
 from ..norm import (
     Groups,
     GroupStatistics,
@@ -29,8 +30,10 @@ from ..norm import (
 from ..population import (
     ESTIMATORS,
     SYNC_BATCH_NORMS,
+    Forward,
     PopulationStatistics,
     batch_norms_in_training,
+    call,
     change_between,
     collect_statistics,
     untouched,
@@ -121,7 +124,12 @@ class LayerReport:
 
 @torch.no_grad()
 def inspect_layers(
-    model: nn.Module, batches: Iterable[Any], num_batches: int, *, rois: str = "training"
+    model: nn.Module,
+    batches: Iterable[Any],
+    num_batches: int,
+    *,
+    rois: str = "training",
+    forward: Forward = call,
 ) -> list[LayerReport]:
     """Describe the BN layers of a detector, and measure them on images.
 
@@ -133,6 +141,7 @@ def inspect_layers(
         batches: inputs of ``model``.
         num_batches: how many of them to use.
         rois: as in :func:`bn_detection.population.collect_statistics`.
+        forward: likewise.
 
     Returns:
         A report for each BN layer that tracks statistics or is frozen, in the order of the model.
@@ -140,7 +149,7 @@ def inspect_layers(
     Raises:
         FloatingPointError: a layer saw a value that is not finite; names it.
     """
-    layers = _batch_norms(model)
+    layers = batch_norms(model)
     if not layers:
         return []
     reports = {name: _describe(model, name, layer) for name, layer in layers.items()}
@@ -154,12 +163,13 @@ def inspect_layers(
                 num_batches,
                 rois=rois,
                 allow_fewer=True,
+                forward=forward,
                 whole_forwards=any(isinstance(layer, FROZEN) for layer in layers.values()),
                 listener=seen.add_batch,
             )
         else:
             precise = {}
-            seen.run(model, batches, rois)
+            seen.run(model, batches, rois, forward)
     precise |= seen.of_frozen()
     for name, statistics in precise.items():
         if statistics.count > 1:
@@ -212,12 +222,12 @@ class _Inputs:
             for handle in handles:
                 handle.remove()
 
-    def run(self, model: nn.Module, batches: Iterable[Any], rois: str) -> None:
+    def run(self, model: nn.Module, batches: Iterable[Any], rois: str, forward: Forward) -> None:
         """Forward passes of a model whose layers are all frozen."""
         with untouched(model):
             model.train(rois == "training")
             for batch in batches:
-                model(batch)
+                forward(model, batch)
 
     def add_batch(self, name: str, statistics: GroupStatistics) -> None:
         """The mini-batch statistics of a call of a layer in training mode."""
@@ -264,7 +274,8 @@ def _population(parts: Tensor) -> PopulationStatistics:
     return PopulationStatistics(mean, var, mean_error, var_error, int(count[0]))
 
 
-def _batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """The BN layers of a model that have statistics, frozen ones too, by name."""
     return {
         name: module
         for name, module in model.named_modules()

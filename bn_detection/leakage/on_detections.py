@@ -30,6 +30,7 @@ from ..norm import (
     set_inference,
     tracks_statistics,
 )
+from ..notebook import preformatted
 from ..population import untouched
 from .average_precision import AveragePrecision
 from .report import Metrics, table_of
@@ -107,6 +108,9 @@ class DetectionReport:
     def text(self) -> str:
         """For a terminal: what was measured, and the table."""
         return f"{self.about}\n{self.table()}"
+
+    def _repr_html_(self) -> str:
+        return preformatted(self.text())
 
     def table(self, style: str = "simple") -> str:
         """A row a mode and a difference, a column a metric.

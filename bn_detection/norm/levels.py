@@ -238,7 +238,14 @@ class LevelBatchNorm2d(nn.ModuleList):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _adapt_statistics(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Turn statistics of one level into those of all levels, or of all levels into one."""
+        """Turn statistics of one level into those of all levels, or of all levels into one.
+
+        One BN layer for all levels has them without a level, as in the checkpoints of Detectron2's
+        project Rethinking-BatchNorm.
+        """
+        for key in _STATISTICS:
+            if f"{prefix}{key}" in state_dict:
+                state_dict[f"{prefix}0.{key}"] = state_dict.pop(f"{prefix}{key}")
         numbers = range(self.num_levels)
         levels = [level for level in numbers if f"{prefix}{level}.running_mean" in state_dict]
         if levels == [0]:

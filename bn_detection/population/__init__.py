@@ -2,7 +2,7 @@
 
 from .average import AverageStatistics, average_running_statistics
 from .change import StatisticsChange, change_between, statistics_change
-from .collect import ROIS, apply_statistics, collect_statistics
+from .collect import ROIS, Forward, apply_statistics, call, collect_statistics
 from .estimators import (
     ESTIMATORS,
     Estimator,
@@ -21,6 +21,7 @@ from .mixing import (
     mixing_weight,
 )
 from .observe import batch_norms_in_training
+from .record import record_change, table_of_changes
 from .trace import TraceStatistics, read_trace
 from .untouched import untouched
 
@@ -32,6 +33,7 @@ __all__ = [
     "SYNC_BATCH_NORMS",
     "AverageStatistics",
     "Estimator",
+    "Forward",
     "FreezeStatistics",
     "OnlineStatistics",
     "PopulationStatistics",
@@ -41,6 +43,7 @@ __all__ = [
     "apply_statistics",
     "average_running_statistics",
     "batch_norms_in_training",
+    "call",
     "change_between",
     "collect_statistics",
     "describe_batch_norms",
@@ -49,8 +52,10 @@ __all__ = [
     "mix_statistics",
     "mixing_weight",
     "read_trace",
+    "record_change",
     "register_estimator",
     "standard_error",
     "statistics_change",
+    "table_of_changes",
     "untouched",
 ]

@@ -28,7 +28,12 @@ _FIRST_CHECK = 16
 _LARGE_ERROR = 0.1
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
+Forward = Callable[[nn.Module, Any], Any]
+"""Calls a model on a batch."""
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """Of batches that are a model's only argument."""
     return model(batch)
 
 
@@ -43,7 +48,7 @@ def collect_statistics(
     tolerance: float = 0.0,
     rois: str = "training",
     allow_fewer: bool = False,
-    forward: Callable[[nn.Module, Any], Any] = _call,
+    forward: Forward = call,
     whole_forwards: bool = False,
     mixing: float | None = None,
     listener: Callable[[str, GroupStatistics], None] | None = None,

@@ -61,6 +61,7 @@ class Finding:
         cost: points of box AP (on the sampler's RoIs) that it is likely to cost; None if that was
             not measured.
         symptom: what users see, in their words; "" where that is the title.
+        in_python: whether the model has no config, so that what mends it is Python.
     """
 
     id: str
@@ -79,6 +80,13 @@ class Finding:
         """What comes first: the symptom, before its cause, the title."""
         return self.symptom or self.title
 
+    in_python: bool = False
+
+    @property
+    def cure(self) -> str:
+        """The fix, as lines of a config file, or of Python."""
+        return as_python(self.fix or {}) if self.in_python else self.yaml
+
     @property
     def yaml(self) -> str:
         """The fix, as lines of a config file."""
@@ -86,8 +94,10 @@ class Finding:
 
     def to_json(self) -> dict[str, Any]:
         """JSON types."""
+        known = {key: value for key, value in vars(self).items() if key != "in_python"}
+        known |= {"python": self.cure} if self.fix and self.in_python else {}
         return {
-            **vars(self),
+            **known,
             "layers": list(self.layers),
             "evidence": [item.to_json() for item in self.evidence],
             "fix": self.fix,
@@ -99,6 +109,34 @@ class Finding:
 def as_yaml(fix: Mapping[str, Any]) -> str:
     """Keys of a config as lines of its file."""
     return str(yaml.safe_dump(dict(fix), default_flow_style=None, sort_keys=False))
+
+
+def as_python(fix: Mapping[str, Any]) -> str:
+    """Keys of a config as lines of Python, for a model that has no config; some remain words."""
+    node = fix.get("BN", {})
+    lines = [
+        f'bn_detection.convert_norm(model, "{norm}", "{glob}")'
+        for glob, norm in node.get("CONVERT", ())
+    ]
+    modules = [glob for glob in node.get("MODULES", ())]
+    if "POPULATION" in node:
+        lines.append(
+            f"bn_detection.recalibrate(model, data{f', modules={modules}' * bool(modules)})"
+        )
+    if node.get("INFERENCE") == "batch":
+        lines.append(f'bn_detection.set_inference(model, "batch", {modules})')
+    if "FREEZE" in node:
+        lines.append("# in the last fifth of the training, after model.train():")
+        lines.append("for layer in batch_norms:")
+        lines.append("    layer.eval()")
+    if "LEVELS" in node:
+        lines.append("# one BN layer for each level, as in detectron2.layers.CycleBatchNormList")
+    solver = fix.get("SOLVER", {})
+    if "WEIGHT_DECAY_NORM" in solver:
+        lines.append("# a parameter group of the optimizer for BN layers, with weight_decay=0")
+    if "BASE_LR" in solver:
+        lines.append("# a learning rate half as large")
+    return "\n".join(lines) + "\n"
 
 
 @dataclass(frozen=True)

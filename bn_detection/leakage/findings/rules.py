@@ -95,13 +95,18 @@ def register_finding(id: str, *, measures: str, **about: Any) -> Callable[[Exami
     return register
 
 
+def registered_rules() -> dict[str, Rule]:
+    """The registered rules by id."""
+    return dict(sorted(_REGISTRY.items()))
+
+
 def configured_rules(cfg: CfgNode) -> dict[str, Rule]:
     """The registered rules by id, with the thresholds of ``BN.DIAGNOSIS.THRESHOLDS``.
 
     Raises:
         ConfigError: an entry is no pair of the id of a rule that has a threshold, and a number.
     """
-    rules = dict(sorted(_REGISTRY.items()))
+    rules = registered_rules()
     for entry in cfg.BN.DIAGNOSIS.THRESHOLDS:
         match entry:
             case [str(id), float() | int() as threshold] if id in rules and rules[id].unit:
