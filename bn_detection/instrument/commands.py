@@ -89,7 +89,7 @@ def recalibrate_model(args: argparse.Namespace) -> None:
     for flag in ("images", "dataset", "mix", "keep_if_better"):
         if getattr(args, flag):
             raise ConfigError(
-                f"--{flag.replace('_', '-')} goes with --config-file. --model takes its images from "
+                f"--{flag.replace('_', '-')} goes with --config-file. --model has its images from "
                 "--coco or --image-folder."
             )
     output = _output(args, ".pth")
