@@ -14,8 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from detectron2.config import configurable
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
+from detectron2.layers import Conv2d
+from detectron2.modeling import StandardROIHeads
 from detectron2.utils.events import EventStorage
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,12 +42,13 @@ from bn_detection.leakage import Estimate, images_per_worker, measure_leakage
 from bn_detection.leakage.average_precision import AveragePrecision
 from bn_detection.leakage.batches import (
     MODES,
+    Division,
     normalization_batches,
     normalizing,
     own_shares,
-    run_in_batches,
 )
 from bn_detection.leakage.rois import draw, receptive_margin, sample_rois
+from bn_detection.leakage.second_stage import SecondStage, UnknownSecondStage
 
 IMAGES = 5
 PLAIN = LeakyShapesConfig(texture_amplitude=0.0, pixel_noise=0.0, background_std=0.0)
@@ -111,7 +115,7 @@ def test_own_image_is_what_upstream_computes_in_training(data: Path) -> None:
     rois = foreground = 0
     model.eval()
     records = sorted(DatasetCatalog.get(cfg.DATASETS.TEST[0]), key=draw)[:4]
-    sampled = list(sample_rois(cfg, model, records, masks=True))
+    sampled = list(sample_rois(cfg, model, SecondStage(model), records))
     model.train()
     for image in sampled:
         levels = {"p2": features_of(model, image)}
@@ -186,6 +190,84 @@ def assert_close(found: Any, expected: Any) -> None:
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
     else:
         assert found == expected
+
+
+class _Between(StandardROIHeads):
+    """With a convolution between the pooler and the box head."""
+
+    @configurable
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.between = Conv2d(64, 64, 3, padding=1, norm=nn.BatchNorm2d(64))
+
+    def _forward_box(self, features: dict, proposals: list) -> Any:
+        maps = [features[f] for f in self.box_in_features]
+        pooled = self.added(self.box_pooler(maps, [x.proposal_boxes for x in proposals]), maps)
+        predictions = self.box_predictor(self.box_head(pooled))
+        if self.training:
+            return self.box_predictor.losses(predictions, proposals)
+        return self.box_predictor.inference(predictions, proposals)[0]
+
+    def added(self, pooled: Tensor, maps: list[Tensor]) -> Tensor:
+        return self.between(pooled)
+
+
+class _LooksAround(_Between):
+    """With the mean of the feature map in every RoI."""
+
+    def added(self, pooled: Tensor, maps: list[Tensor]) -> Tensor:
+        return pooled + maps[0].mean((2, 3), keepdim=True)
+
+
+def own_heads(model: nn.Module, heads: type[nn.Module]) -> nn.Module:
+    """The model with heads of one's own class, and the parts of its own."""
+    stock, options = model.roi_heads, {}
+    for name in ("box_in_features", "box_pooler", "box_head", "box_predictor", "num_classes"):
+        options[name] = getattr(stock, name)
+    for name in ("batch_size_per_image", "positive_fraction", "proposal_matcher"):
+        options[name] = getattr(stock, name)
+    torch.manual_seed(1)
+    model.roi_heads = heads(**options)
+    return model
+
+
+def test_what_a_subclass_adds_to_the_box_head_is_run(data: Path) -> None:
+    cfg = config(data, "MODEL.MASK_ON", False)
+    model = own_heads(build(cfg), _Between)
+    between = model.roi_heads.between
+    report = measure_leakage(cfg, model)
+    assert report.batch_norms[-1] == "roi_heads.between.norm"
+    assert report.modes["own_image"]["loss"].value == pytest.approx(
+        training_loss(cfg, model, "own_image"), rel=1e-5
+    )
+    with torch.no_grad():
+        between.weight.zero_()
+    changed = measure_leakage(cfg, model)
+    for mode in MODES:
+        assert changed.modes[mode]["loss"].value != report.modes[mode]["loss"].value
+
+
+def test_heads_that_look_at_more_than_their_rois_are_refused(data: Path) -> None:
+    cfg = config(data, "MODEL.MASK_ON", False)
+    with pytest.raises(UnknownSecondStage, match=r"box part of a _LooksAround gives other outputs"):
+        measure_leakage(cfg, own_heads(build(cfg), _LooksAround))
+
+
+def training_loss(cfg: Any, model: nn.Module, mode: str) -> float:
+    """The loss of the classes in training, image by image, of the RoIs that the probe samples."""
+    model.eval()
+    records = sorted(DatasetCatalog.get(cfg.DATASETS.TEST[0]), key=draw)[:4]
+    sampled = list(sample_rois(cfg, model, SecondStage(model), records))
+    model.train()
+    total = rois = 0.0
+    for image in sampled:
+        with EventStorage(), torch.no_grad():
+            losses = model.roi_heads._forward_box(
+                {"p2": features_of(model, image)}, [image.proposals]
+            )
+        total += losses["loss_cls"].item() * len(image.proposals)
+        rois += len(image.proposals)
+    return total / rois
 
 
 def test_heads_without_batch_statistics_leak_nothing(data: Path) -> None:
@@ -385,19 +467,19 @@ def test_batches_are_normalized_with_their_own_statistics(layer: nn.Module) -> N
     x = 3 + 2 * torch.randn(7, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     batches = [torch.tensor([5, 0, 2]), torch.tensor([1, 6, 3, 4])]
 
-    def layers(part: Tensor) -> tuple[Tensor]:
-        return (layer(part),)
-
-    with torch.no_grad(), normalizing(layer, "shuffled"):
-        (found,) = run_in_batches(layers, x, batches)
+    layers = {"0": layer[0]}
+    with torch.no_grad(), normalizing(layers, {"0": {7: Division.of(batches)}}):
+        found = layer(x)
+        with pytest.raises(ConfigError, match=r"0 was given 6 rows, where there are 7 RoIs"):
+            layer(x[:6])
     expected = torch.empty_like(x, dtype=torch.double)
     for rows in batches:
         part = x[rows].double()
         var, mean = torch.var_mean(part, (0, 2, 3), correction=0, keepdim=True)
         expected[rows] = (part - mean) / (var + 1e-5).sqrt()
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
-    with torch.no_grad(), normalizing(layer, "population"):
-        (found,) = run_in_batches(layers, x, batches)
+    with torch.no_grad(), normalizing(layers, {"0": None}):
+        found = layer(x)
     torch.testing.assert_close(found, x, atol=1e-4, rtol=1e-4)
     assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
 
@@ -532,7 +614,6 @@ def test_images_per_worker_are_those_of_the_reference_world_size(data: Path) -> 
     ("more", "message"),
     [
         (("MODEL.META_ARCHITECTURE", "RetinaNet"), r"must be a GeneralizedRCNN .* a RetinaNet"),
-        (("MODEL.ROI_HEADS.NAME", "CascadeROIHeads"), r"its ROI heads .* a CascadeROIHeads"),
         (("BN.LEAKAGE.IMAGES_PER_WORKER", 5), r"5 images have labels, and with 5 .* needs 10"),
         (("BN.LEAKAGE.RESAMPLES", 0), r"BN.LEAKAGE.RESAMPLES 0: it must be at least 1"),
         (("DATASETS.TEST", ()), r"DATASETS.TEST is empty"),
@@ -540,8 +621,7 @@ def test_images_per_worker_are_those_of_the_reference_world_size(data: Path) -> 
 )
 def test_what_cannot_be_probed_is_refused(data: Path, more: tuple, message: str) -> None:
     retinanet = ("MODEL.RETINANET.IN_FEATURES", "['p2']", "MODEL.RETINANET.NUM_CLASSES", 4)
-    cascade = ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True)
-    cfg = config(data, *more, *retinanet, *cascade)
+    cfg = config(data, *more, *retinanet)
     with pytest.raises(ConfigError, match=message):
         measure_leakage(cfg, build(cfg))
 
