@@ -140,11 +140,11 @@ def test_own_image_is_what_upstream_computes_in_training(data: Path) -> None:
     assert own["loss"].value != pytest.approx(report.modes["own_worker"]["loss"].value, rel=1e-3)
 
 
-def features_of(model: nn.Module, image: Any) -> Tensor:
+def features_of(model: nn.Module, image: Any, name: str = "p2") -> Tensor:
     pixels = read_image(image.record["file_name"], format="BGR").copy()
     item = {"image": torch.as_tensor(pixels.transpose(2, 0, 1))}
     with torch.no_grad():
-        return model.backbone(model.preprocess_image([item]).tensor)["p2"]
+        return model.backbone(model.preprocess_image([item]).tensor)[name]
 
 
 def test_the_model_and_the_generators_are_untouched(data: Path) -> None:
