@@ -38,7 +38,13 @@ from bn_detection.engine import (
 )
 from bn_detection.engine.setup import register_datasets
 from bn_detection.estimate import Ratio, resample
-from bn_detection.leakage import Estimate, images_per_worker, measure_leakage
+from bn_detection.leakage import (
+    Estimate,
+    LayerLeakage,
+    images_per_worker,
+    measure_layers,
+    measure_leakage,
+)
 from bn_detection.leakage.average_precision import AveragePrecision
 from bn_detection.leakage.batches import (
     MODES,
@@ -310,7 +316,8 @@ class _Relative(nn.Module):
         return nn.functional.pad(middle[:, None], (0, 255))
 
 
-def test_a_head_that_reads_its_batch(data: Path) -> None:
+def reading(data: Path, head: nn.Module) -> tuple[Any, nn.Module]:
+    """A model whose box head sees brightness alone, and the class that it shows, if any."""
     cfg = config(
         data,
         *("BN.LEAKAGE.IMAGES_PER_WORKER", 1, "BN.LEAKAGE.RESAMPLES", 300),
@@ -325,13 +332,19 @@ def test_a_head_that_reads_its_batch(data: Path) -> None:
             conv.weight[0, 0, 1, 1] = 1
             conv.bias.zero_()
         model.backbone.convs[0].bias.fill_(3)
-        head = model.roi_heads.box_head = _Relative()
+        model.roi_heads.box_head = head
         predictor = model.roi_heads.box_predictor.cls_score
         levels = (torch.arange(4) - 1.5) * 22 / 24.9  # of the classes, in standard deviations
         predictor.weight.zero_()
         predictor.weight[:4, 0] = 2 * levels
         predictor.bias[:4] = -(levels**2)
         predictor.bias[4] = -100
+    return cfg, model
+
+
+def test_a_head_that_reads_its_batch(data: Path) -> None:
+    head = _Relative()
+    cfg, model = reading(data, head)
     report = measure_leakage(cfg, model)
     assert report.batch_norms == ["roi_heads.box_head.norm"]
     assert report.batch_sizes["own_worker"] == 6
@@ -348,6 +361,53 @@ def test_a_head_that_reads_its_batch(data: Path) -> None:
     assert limit.limit == pytest.approx(41.17, abs=0.01)
     assert limit.above.low > 0
     assert "points above" in report.text()
+
+
+class _OneOfTwo(nn.Module):
+    """Reads its batch in its second layer; what the first one shows is constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blind, self.reads = nn.BatchNorm2d(1), _Relative()
+        nn.init.zeros_(self.blind.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reads(x + self.blind(x[:, :1]))
+
+
+def test_the_layer_that_leaks_is_the_one_that_reads(data: Path) -> None:
+    cfg, model = reading(data, _OneOfTwo())
+    cfg.BN.LEAKAGE.NUM_IMAGES = 32
+    report = measure_leakage(cfg, model, by_layer=True)
+    blind, reads = report.by_layer
+    assert [layer.name.split("box_head.")[1] for layer in report.by_layer] == [
+        "blind",
+        "reads.norm",
+    ]
+    for metric in ("accuracy", "loss"):
+        leak = report.leakage[metric].value
+        assert reads.removed[metric].value == pytest.approx(leak, abs=1e-6)
+        assert reads.alone[metric].value == pytest.approx(leak, abs=1e-6)
+        assert blind.removed[metric].value == pytest.approx(0, abs=1e-6)
+        assert blind.alone[metric].value == pytest.approx(0, abs=1e-6)
+    assert reads.removed["accuracy"].low > 1
+    assert reads.leaks("accuracy", 1) and not blind.leaks("accuracy", 1)
+    assert measure_layers(cfg, model, ["accuracy"]) == report.by_layer
+    assert measure_layers(cfg, model, ["mask_accuracy"]) == []
+    assert report.to_json()["by_layer"][1]["name"] == reads.name
+    assert LayerLeakage.from_json(reads.to_json()) == reads
+    assert f"{reads.name}  foreground accuracy, %  {reads.removed['accuracy'].text(1)}" in (
+        report.text()
+    )
+
+
+def test_a_single_layer_leaks_all(data: Path) -> None:
+    cfg, model = reading(data, _Relative())
+    cfg.BN.LEAKAGE.NUM_IMAGES = 16
+    report = measure_leakage(cfg, model, by_layer=True)
+    (layer,) = report.by_layer
+    assert layer.removed == layer.alone
+    assert layer.removed == {key: report.leakage[key] for key in layer.removed}
 
 
 def simulated_accuracies() -> tuple[float, float]:

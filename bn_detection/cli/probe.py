@@ -17,6 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     parser.add_argument("--config-file", required=True, metavar="FILE.yaml", help="of the training")
     parser.add_argument("--output", required=True, metavar="FILE.json", help="the report")
+    parser.add_argument(
+        "--by-layer",
+        action="store_true",
+        help="which layer leaks: each with the batch of others alone, and all others with it",
+    )
     add_common_flags(parser)
     add_overrides(parser)
     # One process: a normalization batch is what the probe makes of it, not what a worker has.

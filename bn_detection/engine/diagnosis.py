@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from ..data import (
 )
 from ..files import make_folder, replacing
 from ..heads import norm_layers
-from ..leakage import LeakageReport, images_per_worker, measure_leakage
+from ..leakage import LeakageReport, images_per_worker, measure_layers, measure_leakage
 from ..leakage.diagnosis import Diagnosis
 from ..leakage.diagnosis_formats import render_diagnosis
 from ..leakage.findings import Examined, Rule, conclude, configured_rules
@@ -301,6 +302,11 @@ def _probe(
             raise ConfigError("no layer of the model normalizes RoIs with a batch in training.")
         logger.info("Leakage probe")
         report = measure_leakage(cfg, model)
+        margin = configured_rules(cfg)["BN201"].threshold
+        leaking = [m for m, x in report.leakage.items() if "accuracy" in m and x.exceeds(margin)]
+        if leaking:
+            logger.info("Leakage by layer")
+            report = replace(report, by_layer=measure_layers(cfg, model, leaking))
     except ConfigError as error:
         left_out.append(f"The leakage probe: {error}")
         return None

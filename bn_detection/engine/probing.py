@@ -61,7 +61,8 @@ def check_probing(cfg: CfgNode) -> None:
 def probe(args: argparse.Namespace) -> None:
     """Measure the leakage of MODEL.WEIGHTS, write the report, and print its table.
 
-    Beside the report is a folder with the log and the config (``_probe``).
+    Beside the report is a folder with the log and the config (``_probe``), and with ``--by-layer``
+    a figure of each accuracy.
 
     Args:
         args: of ``bn-detection probe``, checked by :func:`preflight_probe`.
@@ -77,12 +78,20 @@ def probe(args: argparse.Namespace) -> None:
     )
     if not cfg.MODEL.WEIGHTS:
         logger.warning("Probing randomly initialized weights: MODEL.WEIGHTS is empty.")
-    report = measure_leakage(cfg, model)
+    report = measure_leakage(cfg, model, by_layer=args.by_layer)
     output = Path(args.output)
     with replacing(output) as file:
         file.write_text(json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n")
     logger.info("%s", report.text())
     logger.info("Wrote %s", output)
+    if report.by_layer:
+        from ..leakage.by_layer_figure import by_layer_figure, by_layer_metrics  # with matplotlib
+
+        for metric in by_layer_metrics(report.by_layer):
+            figure, _ = by_layer_figure(report.by_layer, metric)
+            file = Path(cfg.OUTPUT_DIR, f"by_layer_{metric}.png")
+            figure.savefig(file, dpi=150)
+            logger.info("Wrote %s", file)
 
 
 def _load_config(args: argparse.Namespace) -> CfgNode:

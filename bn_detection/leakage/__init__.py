@@ -1,17 +1,28 @@
 """What leaks between the RoIs of an image through a normalization batch: measured, and bounded."""
 
 from ..estimate import Estimate
+from .by_layer import LayerLeakage
 from .limits import LimitComparison, sampled_accuracy_limit
-from .probe import check_probe, check_probe_config, images_per_worker, measure_leakage
+from .probe import (
+    check_probe,
+    check_probe_config,
+    images_per_worker,
+    measure_layers,
+    measure_leakage,
+)
 from .report import LeakageReport
+from .second_stage import UnknownSecondStage
 
 __all__ = [
     "Estimate",
+    "LayerLeakage",
     "LeakageReport",
     "LimitComparison",
+    "UnknownSecondStage",
     "check_probe",
     "check_probe_config",
     "images_per_worker",
+    "measure_layers",
     "measure_leakage",
     "sampled_accuracy_limit",
 ]

@@ -9,6 +9,7 @@ from markupsafe import Markup
 from ..metrics import DISTANCES, PROBE
 from ..page import COLORS, figure, new_figure, render
 from .batches import MODES
+from .by_layer_figure import by_layer_figure, by_layer_metrics
 from .diagnosis import Diagnosis, by_distance
 from .layers import LayerReport
 from .report import LeakageReport
@@ -29,6 +30,7 @@ def page(diagnosis: Diagnosis) -> str:
         metrics=PROBE,
         distances=DISTANCES,
         probe_figure=None if probe is None else _probe_figure(probe),
+        by_layer_figures=[] if probe is None else _by_layer_figures(probe),
         layers_figure=_layers_figure(diagnosis.layers),
     )
 
@@ -55,6 +57,14 @@ def _probe_figure(report: LeakageReport) -> Markup:
         "over images."
     )
     return figure(made, alt, caption)
+
+
+def _by_layer_figures(report: LeakageReport) -> list[Markup]:
+    caption = "What leaks through each layer, with 95 % intervals."
+    return [
+        figure(*by_layer_figure(report.by_layer, metric), caption)
+        for metric in by_layer_metrics(report.by_layer)
+    ]
 
 
 def _layers_figure(layers: Sequence[LayerReport]) -> Markup | None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -19,11 +20,12 @@ from torch import nn
 
 from ..config import ConfigError
 from ..population import untouched
+from .by_layer import LayerLeakage, LayerScores
 from .report import LeakageReport
 from .rois import ImageRois, draw, labelled_images, sample_rois
 from .scoring import Scores
 from .second_stage import KEYPOINT, MASK, SecondStage
-from .window import Window
+from .window import Window, accuracy_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,9 @@ _LOG_SECONDS = 10.0
 _LEAST_WORKERS = 8
 
 
-def measure_leakage(cfg: CfgNode, model: nn.Module, *, num_workers: int = 1) -> LeakageReport:
+def measure_leakage(
+    cfg: CfgNode, model: nn.Module, *, num_workers: int = 1, by_layer: bool = False
+) -> LeakageReport:
     """Evaluate a detector's second stage with four kinds of normalization batch.
 
     The RoIs are those that training would sample from the labelled images of ``DATASETS.TEST[0]``,
@@ -47,6 +51,7 @@ def measure_leakage(cfg: CfgNode, model: nn.Module, *, num_workers: int = 1) -> 
         model: a ``GeneralizedRCNN`` with an RPN, of ``cfg``, its weights loaded.
         num_workers: of the training, to tell the images of a worker from SOLVER.IMS_PER_BATCH,
             where neither BN.LEAKAGE.IMAGES_PER_WORKER nor BN.VIRTUAL_WORKERS does.
+        by_layer: whether to measure the leakage through each layer, too.
 
     Raises:
         UnknownSecondStage: the model has none that is known here, or one whose outputs depend on
@@ -54,21 +59,58 @@ def measure_leakage(cfg: CfgNode, model: nn.Module, *, num_workers: int = 1) -> 
         ConfigError: a dataset without labels or with too few images; outputs that are not finite; a
             wrong key.
     """
+    with _windows_of(cfg, model, num_workers) as (stage, windows):
+        name: str = cfg.DATASETS.TEST[0]
+        scores = Scores(model, stage, images_per_worker(cfg, num_workers))
+        layers = LayerScores(stage, list(stage.layers) if by_layer else [])
+        scores.look_for_limit(name)
+        for window in windows:
+            scores.add(window)
+            layers.add(window)
+    resamples = cfg.BN.LEAKAGE.RESAMPLES
+    return replace(scores.report(name, resamples), by_layer=layers.leakages(resamples))
+
+
+def measure_layers(
+    cfg: CfgNode, model: nn.Module, metrics: Iterable[str], *, num_workers: int = 1
+) -> list[LayerLeakage]:
+    """Measure what :func:`measure_leakage` measures by layer, and nothing else.
+
+    Args:
+        cfg: as there.
+        model: as there.
+        metrics: accuracies of its report: the layers of the parts that they are of are measured.
+        num_workers: as there.
+
+    Raises:
+        ConfigError: as there.
+    """
+    wanted = set(metrics)
+    with _windows_of(cfg, model, num_workers) as (stage, windows):
+        layers = LayerScores(stage, [part for part in stage.layers if accuracy_of(part) in wanted])
+        for window in windows:
+            layers.add(window)
+    return layers.leakages(cfg.BN.LEAKAGE.RESAMPLES)
+
+
+@contextmanager
+def _windows_of(
+    cfg: CfgNode, model: nn.Module, num_workers: int
+) -> Iterator[tuple[SecondStage, Iterator[Window]]]:
+    """The second stage of a model, and windows of images; it is afterwards as it was."""
     check_probe_config(cfg)
     stage = SecondStage(model)
     per_worker = images_per_worker(cfg, num_workers)
     records = _choose(cfg, per_worker)
-    name: str = cfg.DATASETS.TEST[0]
-    _leave_out_unlabelled(stage, name, records)
-    scores = Scores(model, stage, per_worker)
+    _leave_out_unlabelled(stage, cfg.DATASETS.TEST[0], records)
     rois = sample_rois(cfg, model, stage, records)
+    windows = _windows(rois, len(records), per_worker, cfg.BN.LEAKAGE.SHUFFLED_IMAGES)
     with untouched(model), torch.no_grad(), closing(rois):
         model.eval()
-        scores.look_for_limit(name)
-        windows = _windows(rois, len(records), per_worker, cfg.BN.LEAKAGE.SHUFFLED_IMAGES)
-        for seed, images in enumerate(windows):
-            scores.add(Window(images, stage, per_worker, seed))
-    return scores.report(name, cfg.BN.LEAKAGE.RESAMPLES)
+        yield (
+            stage,
+            (Window(images, stage, per_worker, seed) for seed, images in enumerate(windows)),
+        )
 
 
 def check_probe_config(cfg: CfgNode) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.structures import Instances
-from numpy.typing import NDArray
 from torch import nn
 
 from ..config import ConfigError
@@ -22,30 +21,7 @@ from .limits import LimitComparison, compare_with_limit, leaky_shapes_config
 from .report import LeakageReport, Metrics
 from .rois import coco_objects, receptive_margin, sees_one_object
 from .second_stage import MASK, Outputs, SecondStage
-from .window import Window
-
-Metric = Callable[[NDArray[np.int64]], NDArray[np.float64]]
-
-
-class Sums:
-    """The metrics that are one sum over images divided by another, image by image."""
-
-    def __init__(self) -> None:
-        self._above: dict[str, list[float]] = {}
-        self._below: dict[str, list[float]] = {}
-
-    def put(self, scores: Mapping[str, tuple[Iterable[float], Iterable[float]]]) -> None:
-        """Add the numerators and denominators of some images, by metric."""
-        for name, (above, below) in scores.items():
-            self._above.setdefault(name, []).extend(above)
-            self._below.setdefault(name, []).extend(below)
-
-    def metrics(self) -> dict[str, Metric]:
-        """Each as a function of how often each image counts."""
-        return {
-            name: Ratio(np.array(above), np.array(self._below[name]))
-            for name, above in self._above.items()
-        }
+from .window import Metric, Sums, Window
 
 
 class _Mode:

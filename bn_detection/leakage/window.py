@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import (
     binary_cross_entropy_with_logits,
@@ -14,12 +16,43 @@ from torch.nn.functional import (
 )
 
 from ..config import ConfigError
+from ..estimate import Ratio
 from .batches import Division, Divisions, normalization_batches, normalizing
 from .rois import ImageRois
 from .second_stage import KEYPOINT, MASK, Outputs, SecondStage, is_foreground
 
 Scores = dict[str, tuple[list[float], list[float]]]
 """Of each image a numerator and a denominator, by metric."""
+
+
+Metric = Callable[[NDArray[np.int64]], NDArray[np.float64]]
+"""Of how often each image counts."""
+
+
+class Sums:
+    """The metrics that are one sum over images divided by another, image by image."""
+
+    def __init__(self) -> None:
+        self._above: dict[str, list[float]] = {}
+        self._below: dict[str, list[float]] = {}
+
+    def put(self, scores: Mapping[str, tuple[Iterable[float], Iterable[float]]]) -> None:
+        """Add the numerators and denominators of some images, by metric."""
+        for name, (above, below) in scores.items():
+            self._above.setdefault(name, []).extend(above)
+            self._below.setdefault(name, []).extend(below)
+
+    def metrics(self) -> dict[str, Metric]:
+        """Each as a function of how often each image counts."""
+        return {
+            name: Ratio(np.array(above), np.array(self._below[name]))
+            for name, above in self._above.items()
+        }
+
+
+def accuracy_of(part: str) -> str:
+    """The name of the accuracy of a part of the second stage."""
+    return f"accuracy{part.removeprefix('box')}" if part.startswith("box") else f"{part}_accuracy"
 
 
 class Window:
