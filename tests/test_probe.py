@@ -24,8 +24,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from test_diagnose import layer as layer_report
 from test_train_net import QUICKSTART
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from bn_detection import ConfigError, PartitionedBatchNorm2d, cli
 from bn_detection.data import LeakyShapesConfig, make_leaky_shapes
@@ -53,8 +55,11 @@ from bn_detection.leakage.batches import (
     normalizing,
     own_shares,
 )
+from bn_detection.leakage.by_layer_figure import by_layer_figure, by_layer_metrics
+from bn_detection.leakage.findings import Examined, conclude
 from bn_detection.leakage.rois import draw, receptive_margin, sample_rois
 from bn_detection.leakage.second_stage import SecondStage, UnknownSecondStage
+from bn_detection.leakage.window import Window
 
 IMAGES = 5
 PLAIN = LeakyShapesConfig(texture_amplitude=0.0, pixel_noise=0.0, background_std=0.0)
@@ -399,6 +404,74 @@ def test_the_layer_that_leaks_is_the_one_that_reads(data: Path) -> None:
     assert f"{reads.name}  foreground accuracy, %  {reads.removed['accuracy'].text(1)}" in (
         report.text()
     )
+
+
+def count_convolutions(function: Any) -> list[int]:
+    """The channels of each convolution that is computed."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+        function()
+    return [e.input_shapes[1][0] for e in seen.events() if e.name == "aten::conv2d"]
+
+
+def test_what_passes_share_is_computed_once(data: Path) -> None:
+    cfg = config(data)
+    model = build(cfg).eval()
+    stage = SecondStage(model)
+    records = DatasetCatalog.get(cfg.DATASETS.TEST[0])[:4]
+    images = list(sample_rois(cfg, model, stage, records))
+    own, foreign = (dict.fromkeys(stage.all_layers, m) for m in ("own_worker", "shuffled"))
+    shared = Window(images, stage, 2, 0)
+    with torch.no_grad():
+        shared.run(own, keep=True)
+        changed = own | {"roi_heads.box_head.conv2.norm": "shuffled"}
+        changed |= {"roi_heads.mask_head.mask_fcn1.norm": "population"}
+        for modes in (own, foreign, changed):
+            for part, outputs in Window(images, stage, 2, 0).run(modes).items():
+                for one, other in zip(outputs, shared.run(modes)[part], strict=True):
+                    assert torch.equal(one, other)
+        seen = count_convolutions(lambda: shared.run(changed, ["box"]))
+    assert seen == [64, 64]  # of conv3 and conv4
+
+
+def test_a_finding_names_the_layer_that_leaks(data: Path) -> None:
+    cfg, model = reading(data, _OneOfTwo())
+    cfg.BN.LEAKAGE.NUM_IMAGES = 32
+    report = measure_leakage(cfg, model, by_layer=True).to_json()
+    layers = [layer_report(name) for name in report["batch_norms"]]
+    found, _ = conclude(
+        Examined(cfg, layers, report["batch_norms"], report, workers=2, averages_workers=True)
+    )
+    assert [finding.id for finding in found] == ["BN201"]
+    assert found[0].layers == ("roi_heads.box_head.reads.norm",)
+    assert "through 1 of its 2 layers: roi_heads.box_head.reads.norm" in found[0].title
+    assert found[0].fix == {"BN": {"CONVERT": [["roi_heads.box_head.reads", "ShuffleBN"]]}}
+    by_layer = [item for item in found[0].evidence if item.layer]
+    assert [item.metric for item in by_layer] == [
+        "by_layer.removed.accuracy",
+        "by_layer.alone.accuracy",
+    ]
+    del report["by_layer"]
+    (whole,), _ = conclude(
+        Examined(cfg, layers, report["batch_norms"], report, workers=2, averages_workers=True)
+    )
+    assert whole.layers == tuple(report["batch_norms"])
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "accuracy_stage2"])
+def test_the_figure_has_a_bar_and_an_interval_for_each_difference(metric: str) -> None:
+    known, none = Estimate(3.0, 2.0, 4.0), Estimate(1.0)
+    layers = [
+        LayerLeakage("roi_heads.a", {metric: known}, {metric: none}),
+        LayerLeakage("roi_heads.b", {metric: none}, {metric: known}),
+        LayerLeakage("roi_heads.of_masks", {"mask_accuracy": none}, {"mask_accuracy": none}),
+    ]
+    assert by_layer_metrics(layers) == [metric, "mask_accuracy"]
+    figure, words = by_layer_figure(layers, metric)
+    (axes,) = figure.axes
+    assert [bar.get_width() for bar in axes.patches] == [3, 1, 1, 3]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+    assert sum(len(lines.get_segments()) for lines in axes.collections) == 2
+    assert "roi_heads.a: 3.0 [2.0, 4.0] gone without the layer" in words
 
 
 def test_a_single_layer_leaks_all(data: Path) -> None:
@@ -751,7 +824,7 @@ def test_the_tool_writes_a_report_and_replaces_none(data: Path, tmp_path: Path) 
     args = cli.parse(
         [
             *("probe", "--config-file", f"{tmp_path}/config.yaml", "--output", str(output)),
-            *("MODEL.WEIGHTS", str(weights), "BN.LEAKAGE.NUM_IMAGES", "4"),
+            *("--by-layer", "MODEL.WEIGHTS", str(weights), "BN.LEAKAGE.NUM_IMAGES", "4"),
         ]
     )
     assert preflight_probe(args) == "cpu"
@@ -767,6 +840,9 @@ def test_the_tool_writes_a_report_and_replaces_none(data: Path, tmp_path: Path) 
         ]
         assert all(list(value) == ["value", "low", "high"] for value in metrics.values())
     assert report["limit"]["dataset cue"] == "both cues"
+    assert [layer["name"] for layer in report["by_layer"]] == report["batch_norms"]
+    for metric in ("accuracy", "mask_accuracy"):
+        assert (tmp_path / f"new/probe_probe/by_layer_{metric}.png").stat().st_size > 1000
     assert "leakage = own_worker - shuffled" in (tmp_path / "new/probe_probe/log.txt").read_text()
     with pytest.raises(ConfigError, match=r"probe.json exists"):
         preflight_probe(args)

@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 from ..estimate import Estimate, resample
 from ..metrics import PROBE
-from .second_stage import SecondStage
+from .second_stage import Outputs, SecondStage
 from .window import Sums, Window
 
 OWN, FOREIGN = "own_worker", "shuffled"
@@ -62,9 +62,14 @@ class LayerLeakage:
 class LayerScores:
     """Collects the scores of each image with the batches of one layer changed, and of all others.
 
-    A part has 2 L + 2 passes for its L layers, on RoIs that were pooled once; without boxes or
-    masks at image size.
+    A part has 2 L + 2 passes for its L layers, on RoIs that were pooled once, each from its first
+    layer that differs on; without boxes or masks at image size.
+
+    Attributes:
+        most_windows: how many are used; :meth:`add` passes over any more.
     """
+
+    most_windows = 8
 
     def __init__(self, stage: SecondStage, parts: Sequence[str]) -> None:
         """
@@ -78,18 +83,23 @@ class LayerScores:
 
     def add(self, window: Window) -> None:
         """Run the parts on a window of images."""
-        for part in self._parts:
-            own, foreign = (dict.fromkeys(self._stage.all_layers, m) for m in (OWN, FOREIGN))
-            layers = list(self._stage.layers[part])
-            runs = {("", OWN): own, ("", FOREIGN): foreign}
-            for layer in layers if len(layers) > 1 else ():
-                runs[layer, FOREIGN] = own | {layer: FOREIGN}
-                runs[layer, OWN] = foreign | {layer: OWN}
-            for (layer, mode), modes in runs.items():
-                sums = self._sums.setdefault((part, layer, mode), Sums())
-                sums.put(window.scores(window.run(modes, [part])))
         number = self._window_of[-1] + 1 if self._window_of else 0
+        if number == self.most_windows:
+            return
+        for part in self._parts:
+            layers = list(self._stage.layers[part])
+            for mode, other in ((OWN, FOREIGN), (FOREIGN, OWN)):
+                modes = dict.fromkeys(self._stage.all_layers, mode)
+                self._put(part, "", mode, window.run(modes, [part], keep=True), window)
+                for layer in layers if len(layers) > 1 else ():
+                    changed = window.run(modes | {layer: other}, [part])
+                    self._put(part, layer, other, changed, window)
         self._window_of += [number] * len(window.images)
+
+    def _put(
+        self, part: str, layer: str, mode: str, outputs: dict[str, Outputs], window: Window
+    ) -> None:
+        self._sums.setdefault((part, layer, mode), Sums()).put(window.scores(outputs))
 
     def leakages(self, resamples: int) -> list[LayerLeakage]:
         """Of each layer, in the order of the model."""

@@ -88,7 +88,7 @@ def measure_layers(
     wanted = set(metrics)
     with _windows_of(cfg, model, num_workers) as (stage, windows):
         layers = LayerScores(stage, [part for part in stage.layers if accuracy_of(part) in wanted])
-        for window in windows:
+        for window in islice(windows, layers.most_windows):
             layers.add(window)
     return layers.leakages(cfg.BN.LEAKAGE.RESAMPLES)
 

@@ -18,6 +18,7 @@ from torch.nn.functional import (
 from ..config import ConfigError
 from ..estimate import Ratio
 from .batches import Division, Divisions, normalization_batches, normalizing
+from .reuse import Pass, passing
 from .rois import ImageRois
 from .second_stage import KEYPOINT, MASK, Outputs, SecondStage, is_foreground
 
@@ -82,6 +83,7 @@ class Window:
         self.foreground_counts = [int(image.foreground.sum()) for image in images]
         self._counts = {part: list(map(len, of)) for part, of in self.instances.items()}
         self._divisions: dict[str, Divisions | None] = {"population": None}
+        self._last: dict[str, Pass] = {}
         self._targets: dict[str, Any] = {}
 
     def batches(self, part: str, mode: str) -> tuple[list[Tensor], list[int]]:
@@ -90,30 +92,38 @@ class Window:
         return normalization_batches(mode, counts, self._per_worker, self._seed), counts
 
     def run(
-        self, modes: Mapping[str, str], parts: Sequence[str] | None = None
+        self, modes: Mapping[str, str], parts: Sequence[str] | None = None, *, keep: bool = False
     ) -> dict[str, Outputs]:
         """The outputs of the parts that have RoIs.
 
         Args:
             modes: for each BN layer by name, whose RoIs share its batch.
             parts: which; by default all.
+            keep: whether later passes differ from this one in some layers alone. What comes before
+                all layers is computed once in any case.
 
         Raises:
             ConfigError: they are not finite.
         """
         outputs = {}
+        layers = self._stage.all_layers
         by = {name: self._division(mode) for name, mode in modes.items()}
-        with normalizing(self._stage.all_layers, by):
-            for part in self._stage.layers if parts is None else parts:
-                if not len(self._features[part]):
-                    continue
+        for part in self._stage.layers if parts is None else parts:
+            if not len(self._features[part]):
+                continue
+            last = self._last.get(part)
+            with normalizing(layers, by), passing(layers, modes, last) as this:
                 outputs[part] = self._stage.run(part, self._features[part], self.instances[part])
-                if not all(bool(torch.isfinite(output).all()) for output in outputs[part]):
-                    used = ", ".join(dict.fromkeys(modes.values()))
-                    raise ConfigError(
-                        f"MODEL.WEIGHTS: the {part} head's outputs are not finite with the "
-                        f'normalization batch "{used}". The weights may have diverged.'
-                    )
+            if not all(bool(torch.isfinite(output).all()) for output in outputs[part]):
+                used = ", ".join(dict.fromkeys(modes.values()))
+                raise ConfigError(
+                    f"MODEL.WEIGHTS: the {part} head's outputs are not finite with the "
+                    f'normalization batch "{used}". The weights may have diverged.'
+                )
+            if keep or last is None:
+                self._last[part] = this
+                if not keep:
+                    this.forget_all_but_the_first()
         return outputs
 
     def scores(self, outputs: Mapping[str, Outputs]) -> Scores:

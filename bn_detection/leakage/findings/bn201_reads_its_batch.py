@@ -94,14 +94,15 @@ def _judge(
         return
     lost_ap = found.get(("inconsistency", "box_ap"))
     carriers = _carriers(examined, layers, metrics[0], rule.threshold)
-    of_layers = "" if carriers == list(layers) else f" {_through(carriers, layers)}"
+    title = f"The {head} head reads the other RoIs of its images in its normalization batch."
+    some = carriers != list(layers)
     yield rule.finding(
-        f"The {head} head reads the other RoIs of its images in its normalization batch.{of_layers}",
+        f"{title} {_through(carriers, layers)}" if some else title,
         carriers,
         [*evidence, *_by_layer(examined, carriers, metrics[0])],
         of_head(examined, carriers, layers),
         "Train again with batches that say nothing about an RoI's own image."
-        + (_AGAIN if of_layers else ""),
+        + (_AGAIN if some else ""),
         cost=lost_ap if lost_ap is not None and lost_ap.exceeds(0) else None,
     )
 
