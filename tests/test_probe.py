@@ -18,7 +18,9 @@ from detectron2.config import configurable
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.layers import Conv2d
+from detectron2.layers.mask_ops import paste_masks_in_image
 from detectron2.modeling import StandardROIHeads
+from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,6 +58,7 @@ from bn_detection.leakage.batches import (
     own_shares,
 )
 from bn_detection.leakage.by_layer_figure import by_layer_figure, by_layer_metrics
+from bn_detection.leakage.detections import paste
 from bn_detection.leakage.findings import Examined, conclude
 from bn_detection.leakage.rois import draw, receptive_margin, sample_rois
 from bn_detection.leakage.second_stage import SecondStage, UnknownSecondStage
@@ -682,6 +685,21 @@ def test_ap_of_resamples_is_that_of_duplicated_images(seed: int) -> None:
             duplicated(detections),
         )
         assert value == pytest.approx(expected, abs=1e-6)
+
+
+def test_masks_are_placed_as_detectron2_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    corners = 60 * torch.rand(40, 2, generator=generator)
+    boxes = torch.cat([corners, corners + 0.5 + 30 * torch.rand(40, 2, generator=generator)], 1)
+    boxes[:, 2] = boxes[:, 2].clamp(max=70)
+    boxes[:, 3] = boxes[:, 3].clamp(max=90)
+    boxes[0] = torch.tensor([0.0, 0.0, 70.0, 90.0])
+    masks = torch.rand(40, 14, 14, generator=generator)
+    expected = paste_masks_in_image(masks, Boxes(boxes), (90, 70))
+    assert torch.equal(paste(masks, boxes, 90, 70), expected)
+    monkeypatch.setattr("bn_detection.leakage.detections._MOST_PIXELS", 90 * 90 * 3)
+    assert torch.equal(paste(masks, boxes, 90, 70), expected)
+    assert paste(masks[:0], boxes[:0], 90, 70).shape == (0, 90, 70)
 
 
 def test_ap_without_detections_or_objects() -> None:
