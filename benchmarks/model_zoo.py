@@ -121,7 +121,6 @@ def overrides(name: str, folder: Path) -> list[str]:
     add_bn_detection_config(cfg)
     cfg.merge_from_file(str(ZOO / name))
     groups = cfg.MODEL.RESNETS.NUM_GROUPS
-    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD
     values: dict[str, object] = {
         "MODEL.DEVICE": "cpu",
         "MODEL.RESNETS.STEM_OUT_CHANNELS": 32,
@@ -131,7 +130,6 @@ def overrides(name: str, folder: Path) -> list[str]:
         "MODEL.ROI_BOX_HEAD.CONV_DIM": 32,
         "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
         "MODEL.ROI_MASK_HEAD.CONV_DIM": 32,
-        "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": (8,) * min(len(keypoints.CONV_DIMS), 2),
         "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": len(KEYPOINTS),
         "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
         "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 5,
