@@ -687,6 +687,15 @@ def test_ap_of_resamples_is_that_of_duplicated_images(seed: int) -> None:
         assert value == pytest.approx(expected, abs=1e-6)
 
 
+def test_recalls_that_are_reached_are_those_of_a_search() -> None:
+    images, objects, _ = coco_problem()
+    ap = AveragePrecision(images, objects, [], 3, "bbox")
+    number = np.repeat(np.arange(1, 401), 401).reshape(400, 401)
+    true = np.minimum(np.arange(401)[None], number)
+    expected = np.searchsorted(ap._recalls, true / number, side="right")
+    assert np.array_equal(ap._reached(true, number), expected)
+
+
 def test_masks_are_placed_as_detectron2_does(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     corners = 60 * torch.rand(40, 2, generator=generator)
