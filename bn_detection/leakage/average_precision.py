@@ -119,7 +119,8 @@ class AveragePrecision:
         """How many of the recalls are reached, as by a search in them, which takes longer."""
         nearly = true * (len(self._recalls) - 1) // objects
         # Rounded, a recall may be above the fraction that it stands for.
-        return nearly + (self._recalls[nearly] <= true / objects)
+        reached: np.ndarray = nearly + (self._recalls[nearly] <= true / objects)
+        return reached
 
 
 def _coco(

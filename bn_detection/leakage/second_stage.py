@@ -292,15 +292,17 @@ class SecondStage:
             boxes = Instances(image.image_size)
             boxes.pred_boxes, boxes.pred_classes = image.proposal_boxes, image.gt_classes
             given.append(boxes)
-        head = getattr(heads, f"{part}_head")
+        head: nn.Module = getattr(heads, f"{part}_head")
         if not self._is_res5:
             call = getattr(heads, f"_forward_{part}")
-            return _reach(head, "layers", lambda: call(features, given))
+            logits: Tensor = _reach(head, "layers", lambda: call(features, given))
+            return logits
         classes = torch.cat([image.gt_classes for image in instances])
         foreground = is_foreground(classes, self.num_classes)
-        layers = head.layers
+        layers: Any = head.layers
         with replaced(head, layers=lambda x: layers(x[foreground])):
-            return _reach(head, "layers", lambda: heads.forward_with_given_boxes(features, given))
+            logits = _reach(head, "layers", lambda: heads.forward_with_given_boxes(features, given))
+        return logits
 
     def _check_path(self, images: Any, features: Features, rois: Mapping[str, Rois]) -> None:
         heads = self._heads
