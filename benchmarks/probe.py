@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from bn_detection.data import LeakyShapesConfig, make_leaky_shapes
 from bn_detection.engine import Trainer, load_config
 from bn_detection.engine.setup import register_datasets
 from bn_detection.leakage import measure_leakage
+from bn_detection.leakage.second_stage import SecondStage
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LARGE = LeakyShapesConfig(image_size=640, object_size=(80, 160), texture_period=30.0)
@@ -71,16 +73,21 @@ def seconds(function: Callable[..., Any], *arguments: Any) -> tuple[float, float
 
 
 def compare(name: str, cfg: CfgNode, model: nn.Module, turns: int) -> None:
-    times: dict[str, list[tuple[float, float]]] = {"evaluation": [], "probe": []}
+    times: dict[str, list[tuple[float, float]]] = {"evaluation": [], "probe": [], "by layer": []}
     for _ in range(turns):
         times["evaluation"].append(seconds(Trainer.test, cfg, model))
         times["probe"].append(seconds(measure_leakage, cfg, model))
-    ratio = statistics.median(
-        probe[0] / evaluation[0]
-        for evaluation, probe in zip(times["evaluation"], times["probe"], strict=True)
-    )
+        times["by layer"].append(seconds(partial(measure_leakage, by_layer=True), cfg, model))
+    layers = sum(len(of) for of in SecondStage(model).layers.values())
+    turned = list(zip(*([cpu for cpu, _ in of] for of in times.values()), strict=True))
+    ratio = statistics.median(probe / evaluation for evaluation, probe, _ in turned)
+    a_layer = statistics.median((both - probe) / one / layers for one, probe, both in turned)
     values = [f"{what} {statistics.median(t for t, _ in of):.1f} s" for what, of in times.items()]
-    print(f"{name}: {', '.join(values)}; {ratio:.2f} evaluations", flush=True)
+    print(
+        f"{name}: {', '.join(values)}; {ratio:.2f} evaluations, and {a_layer:.2f} for each of "
+        f"{layers} layers",
+        flush=True,
+    )
 
 
 def main() -> None:

@@ -45,14 +45,30 @@ def _distance(name: str) -> Metric:
     return Metric(name, name, "standard deviations", 2, "standard deviations")
 
 
-PROBE = {
-    "accuracy": _percent("accuracy", "foreground accuracy"),
-    "loss": _loss("loss", "nats/RoI"),
-    "box_ap": _percent("box AP", "box AP on the sampler's RoIs"),
-    "mask_accuracy": _percent("mask accuracy", "mask accuracy"),
-    "mask_loss": _loss("mask loss", "nats/pixel"),
-    "mask_ap": _percent("mask AP", "mask AP on the sampler's RoIs"),
-}
+class _ByName(dict[str, Metric]):
+    """With the metrics of a cascade's stages, such as "accuracy_stage1"."""
+
+    def __missing__(self, name: str) -> Metric:
+        of_all, found, stage = name.partition("_stage")
+        if not found:
+            raise KeyError(name)
+        metric = self[of_all]
+        short, full = (f"stage {stage} {text}" for text in (metric.short, metric.name))
+        return metric._replace(short=short, name=full)
+
+
+PROBE = _ByName(
+    {
+        "accuracy": _percent("accuracy", "foreground accuracy"),
+        "loss": _loss("loss", "nats/RoI"),
+        "box_ap": _percent("box AP", "box AP on the sampler's RoIs"),
+        "mask_accuracy": _percent("mask accuracy", "mask accuracy"),
+        "mask_loss": _loss("mask loss", "nats/pixel"),
+        "mask_ap": _percent("mask AP", "mask AP on the sampler's RoIs"),
+        "keypoint_accuracy": _percent("keypoint accuracy", "keypoint accuracy"),
+        "keypoint_loss": _loss("keypoint loss", "nats/keypoint"),
+    }
+)
 """Of the leakage probe."""
 
 DETECTIONS = {"box_ap": _percent("box AP", "box AP"), "mask_ap": _percent("mask AP", "mask AP")}

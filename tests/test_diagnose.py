@@ -317,6 +317,13 @@ def test_the_worst_comes_first() -> None:
     assert [finding.cost and round(finding.cost.value) for finding in found] == [20, 15, None]
 
 
+def test_worse_is_what_costs_more_for_certain() -> None:
+    measured = probe(5, 20) | {"staleness": {"box_ap": Estimate(25, 1, 49).to_json()}}
+    layers = [layer(ema_to_precise=estimate(0.6))]
+    found, _ = conclude(examined(probe=measured, layers=layers))
+    assert [(item.id, item.cost.value) for item in found] == [("BN201", 20), ("BN103", 25)]
+
+
 def test_globs_take_no_other_layer() -> None:
     frozen = [layer(f"backbone.res2.{k}.norm", affine_frozen=k == 0) for k in range(2)]
     (found,), _ = conclude(examined(layers=[*frozen, layer()]))

@@ -14,15 +14,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from detectron2.config import configurable
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
+from detectron2.layers import Conv2d
+from detectron2.layers.mask_ops import paste_masks_in_image
+from detectron2.modeling import StandardROIHeads
+from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from test_diagnose import layer as layer_report
 from test_train_net import QUICKSTART
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from bn_detection import ConfigError, PartitionedBatchNorm2d, cli
 from bn_detection.data import LeakyShapesConfig, make_leaky_shapes
@@ -35,16 +42,27 @@ from bn_detection.engine import (
 )
 from bn_detection.engine.setup import register_datasets
 from bn_detection.estimate import Ratio, resample
-from bn_detection.leakage import Estimate, images_per_worker, measure_leakage
+from bn_detection.leakage import (
+    Estimate,
+    LayerLeakage,
+    images_per_worker,
+    measure_layers,
+    measure_leakage,
+)
 from bn_detection.leakage.average_precision import AveragePrecision
 from bn_detection.leakage.batches import (
     MODES,
+    Division,
     normalization_batches,
     normalizing,
     own_shares,
-    run_in_batches,
 )
+from bn_detection.leakage.by_layer_figure import by_layer_figure, by_layer_metrics
+from bn_detection.leakage.detections import paste
+from bn_detection.leakage.findings import Examined, conclude
 from bn_detection.leakage.rois import draw, receptive_margin, sample_rois
+from bn_detection.leakage.second_stage import SecondStage, UnknownSecondStage
+from bn_detection.leakage.window import Window
 
 IMAGES = 5
 PLAIN = LeakyShapesConfig(texture_amplitude=0.0, pixel_noise=0.0, background_std=0.0)
@@ -111,7 +129,7 @@ def test_own_image_is_what_upstream_computes_in_training(data: Path) -> None:
     rois = foreground = 0
     model.eval()
     records = sorted(DatasetCatalog.get(cfg.DATASETS.TEST[0]), key=draw)[:4]
-    sampled = list(sample_rois(cfg, model, records, masks=True))
+    sampled = list(sample_rois(cfg, model, SecondStage(model), records))
     model.train()
     for image in sampled:
         levels = {"p2": features_of(model, image)}
@@ -136,11 +154,11 @@ def test_own_image_is_what_upstream_computes_in_training(data: Path) -> None:
     assert own["loss"].value != pytest.approx(report.modes["own_worker"]["loss"].value, rel=1e-3)
 
 
-def features_of(model: nn.Module, image: Any) -> Tensor:
+def features_of(model: nn.Module, image: Any, name: str = "p2") -> Tensor:
     pixels = read_image(image.record["file_name"], format="BGR").copy()
     item = {"image": torch.as_tensor(pixels.transpose(2, 0, 1))}
     with torch.no_grad():
-        return model.backbone(model.preprocess_image([item]).tensor)["p2"]
+        return model.backbone(model.preprocess_image([item]).tensor)[name]
 
 
 def test_the_model_and_the_generators_are_untouched(data: Path) -> None:
@@ -188,6 +206,84 @@ def assert_close(found: Any, expected: Any) -> None:
         assert found == expected
 
 
+class _Between(StandardROIHeads):
+    """With a convolution between the pooler and the box head."""
+
+    @configurable
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.between = Conv2d(64, 64, 3, padding=1, norm=nn.BatchNorm2d(64))
+
+    def _forward_box(self, features: dict, proposals: list) -> Any:
+        maps = [features[f] for f in self.box_in_features]
+        pooled = self.added(self.box_pooler(maps, [x.proposal_boxes for x in proposals]), maps)
+        predictions = self.box_predictor(self.box_head(pooled))
+        if self.training:
+            return self.box_predictor.losses(predictions, proposals)
+        return self.box_predictor.inference(predictions, proposals)[0]
+
+    def added(self, pooled: Tensor, maps: list[Tensor]) -> Tensor:
+        return self.between(pooled)
+
+
+class _LooksAround(_Between):
+    """With the mean of the feature map in every RoI."""
+
+    def added(self, pooled: Tensor, maps: list[Tensor]) -> Tensor:
+        return pooled + maps[0].mean((2, 3), keepdim=True)
+
+
+def own_heads(model: nn.Module, heads: type[nn.Module]) -> nn.Module:
+    """The model with heads of one's own class, and the parts of its own."""
+    stock, options = model.roi_heads, {}
+    for name in ("box_in_features", "box_pooler", "box_head", "box_predictor", "num_classes"):
+        options[name] = getattr(stock, name)
+    for name in ("batch_size_per_image", "positive_fraction", "proposal_matcher"):
+        options[name] = getattr(stock, name)
+    torch.manual_seed(1)
+    model.roi_heads = heads(**options)
+    return model
+
+
+def test_what_a_subclass_adds_to_the_box_head_is_run(data: Path) -> None:
+    cfg = config(data, "MODEL.MASK_ON", False)
+    model = own_heads(build(cfg), _Between)
+    between = model.roi_heads.between
+    report = measure_leakage(cfg, model)
+    assert report.batch_norms[-1] == "roi_heads.between.norm"
+    assert report.modes["own_image"]["loss"].value == pytest.approx(
+        training_loss(cfg, model, "own_image"), rel=1e-5
+    )
+    with torch.no_grad():
+        between.weight.zero_()
+    changed = measure_leakage(cfg, model)
+    for mode in MODES:
+        assert changed.modes[mode]["loss"].value != report.modes[mode]["loss"].value
+
+
+def test_heads_that_look_at_more_than_their_rois_are_refused(data: Path) -> None:
+    cfg = config(data, "MODEL.MASK_ON", False)
+    with pytest.raises(UnknownSecondStage, match=r"box part of a _LooksAround gives other outputs"):
+        measure_leakage(cfg, own_heads(build(cfg), _LooksAround))
+
+
+def training_loss(cfg: Any, model: nn.Module, mode: str) -> float:
+    """The loss of the classes in training, image by image, of the RoIs that the probe samples."""
+    model.eval()
+    records = sorted(DatasetCatalog.get(cfg.DATASETS.TEST[0]), key=draw)[:4]
+    sampled = list(sample_rois(cfg, model, SecondStage(model), records))
+    model.train()
+    total = rois = 0.0
+    for image in sampled:
+        with EventStorage(), torch.no_grad():
+            losses = model.roi_heads._forward_box(
+                {"p2": features_of(model, image)}, [image.proposals]
+            )
+        total += losses["loss_cls"].item() * len(image.proposals)
+        rois += len(image.proposals)
+    return total / rois
+
+
 def test_heads_without_batch_statistics_leak_nothing(data: Path) -> None:
     cfg = config(data, norm="gn")
     report = measure_leakage(cfg, build(cfg))
@@ -228,7 +324,8 @@ class _Relative(nn.Module):
         return nn.functional.pad(middle[:, None], (0, 255))
 
 
-def test_a_head_that_reads_its_batch(data: Path) -> None:
+def reading(data: Path, head: nn.Module) -> tuple[Any, nn.Module]:
+    """A model whose box head sees brightness alone, and the class that it shows, if any."""
     cfg = config(
         data,
         *("BN.LEAKAGE.IMAGES_PER_WORKER", 1, "BN.LEAKAGE.RESAMPLES", 300),
@@ -243,13 +340,19 @@ def test_a_head_that_reads_its_batch(data: Path) -> None:
             conv.weight[0, 0, 1, 1] = 1
             conv.bias.zero_()
         model.backbone.convs[0].bias.fill_(3)
-        head = model.roi_heads.box_head = _Relative()
+        model.roi_heads.box_head = head
         predictor = model.roi_heads.box_predictor.cls_score
         levels = (torch.arange(4) - 1.5) * 22 / 24.9  # of the classes, in standard deviations
         predictor.weight.zero_()
         predictor.weight[:4, 0] = 2 * levels
         predictor.bias[:4] = -(levels**2)
         predictor.bias[4] = -100
+    return cfg, model
+
+
+def test_a_head_that_reads_its_batch(data: Path) -> None:
+    head = _Relative()
+    cfg, model = reading(data, head)
     report = measure_leakage(cfg, model)
     assert report.batch_norms == ["roi_heads.box_head.norm"]
     assert report.batch_sizes["own_worker"] == 6
@@ -266,6 +369,121 @@ def test_a_head_that_reads_its_batch(data: Path) -> None:
     assert limit.limit == pytest.approx(41.17, abs=0.01)
     assert limit.above.low > 0
     assert "points above" in report.text()
+
+
+class _OneOfTwo(nn.Module):
+    """Reads its batch in its second layer; what the first one shows is constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blind, self.reads = nn.BatchNorm2d(1), _Relative()
+        nn.init.zeros_(self.blind.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reads(x + self.blind(x[:, :1]))
+
+
+def test_the_layer_that_leaks_is_the_one_that_reads(data: Path) -> None:
+    cfg, model = reading(data, _OneOfTwo())
+    cfg.BN.LEAKAGE.NUM_IMAGES = 32
+    report = measure_leakage(cfg, model, by_layer=True)
+    blind, reads = report.by_layer
+    assert [layer.name.split("box_head.")[1] for layer in report.by_layer] == [
+        "blind",
+        "reads.norm",
+    ]
+    for metric in ("accuracy", "loss"):
+        leak = report.leakage[metric].value
+        assert reads.removed[metric].value == pytest.approx(leak, abs=1e-6)
+        assert reads.alone[metric].value == pytest.approx(leak, abs=1e-6)
+        assert blind.removed[metric].value == pytest.approx(0, abs=1e-6)
+        assert blind.alone[metric].value == pytest.approx(0, abs=1e-6)
+    assert reads.removed["accuracy"].low > 1
+    assert reads.leaks("accuracy", 1) and not blind.leaks("accuracy", 1)
+    assert measure_layers(cfg, model, ["accuracy"]) == report.by_layer
+    assert measure_layers(cfg, model, ["mask_accuracy"]) == []
+    assert report.to_json()["by_layer"][1]["name"] == reads.name
+    assert LayerLeakage.from_json(reads.to_json()) == reads
+    assert f"{reads.name}  foreground accuracy, %  {reads.removed['accuracy'].text(1)}" in (
+        report.text()
+    )
+
+
+def count_convolutions(function: Any) -> list[int]:
+    """The channels of each convolution that is computed."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+        function()
+    return [e.input_shapes[1][0] for e in seen.events() if e.name == "aten::conv2d"]
+
+
+def test_what_passes_share_is_computed_once(data: Path) -> None:
+    cfg = config(data)
+    model = build(cfg).eval()
+    stage = SecondStage(model)
+    records = DatasetCatalog.get(cfg.DATASETS.TEST[0])[:4]
+    images = list(sample_rois(cfg, model, stage, records))
+    own, foreign = (dict.fromkeys(stage.all_layers, m) for m in ("own_worker", "shuffled"))
+    shared = Window(images, stage, 2, 0)
+    with torch.no_grad():
+        shared.run(own, keep=True)
+        changed = own | {"roi_heads.box_head.conv2.norm": "shuffled"}
+        changed |= {"roi_heads.mask_head.mask_fcn1.norm": "population"}
+        for modes in (own, foreign, changed):
+            for part, outputs in Window(images, stage, 2, 0).run(modes).items():
+                for one, other in zip(outputs, shared.run(modes)[part], strict=True):
+                    assert torch.equal(one, other)
+        seen = count_convolutions(lambda: shared.run(changed, ["box"]))
+    assert seen == [64, 64]  # of conv3 and conv4
+
+
+def test_a_finding_names_the_layer_that_leaks(data: Path) -> None:
+    cfg, model = reading(data, _OneOfTwo())
+    cfg.BN.LEAKAGE.NUM_IMAGES = 32
+    report = measure_leakage(cfg, model, by_layer=True).to_json()
+    layers = [layer_report(name) for name in report["batch_norms"]]
+    found, _ = conclude(
+        Examined(cfg, layers, report["batch_norms"], report, workers=2, averages_workers=True)
+    )
+    assert [finding.id for finding in found] == ["BN201"]
+    assert found[0].layers == ("roi_heads.box_head.reads.norm",)
+    assert "through 1 of its 2 layers: roi_heads.box_head.reads.norm" in found[0].title
+    assert found[0].fix == {"BN": {"CONVERT": [["roi_heads.box_head.reads", "ShuffleBN"]]}}
+    by_layer = [item for item in found[0].evidence if item.layer]
+    assert [item.metric for item in by_layer] == [
+        "by_layer.removed.accuracy",
+        "by_layer.alone.accuracy",
+    ]
+    del report["by_layer"]
+    (whole,), _ = conclude(
+        Examined(cfg, layers, report["batch_norms"], report, workers=2, averages_workers=True)
+    )
+    assert whole.layers == tuple(report["batch_norms"])
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "accuracy_stage2"])
+def test_the_figure_has_a_bar_and_an_interval_for_each_difference(metric: str) -> None:
+    known, none = Estimate(3.0, 2.0, 4.0), Estimate(1.0)
+    layers = [
+        LayerLeakage("roi_heads.a", {metric: known}, {metric: none}),
+        LayerLeakage("roi_heads.b", {metric: none}, {metric: known}),
+        LayerLeakage("roi_heads.of_masks", {"mask_accuracy": none}, {"mask_accuracy": none}),
+    ]
+    assert by_layer_metrics(layers) == [metric, "mask_accuracy"]
+    figure, words = by_layer_figure(layers, metric)
+    (axes,) = figure.axes
+    assert [bar.get_width() for bar in axes.patches] == [3, 1, 1, 3]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+    assert sum(len(lines.get_segments()) for lines in axes.collections) == 2
+    assert "roi_heads.a: 3.0 [2.0, 4.0] gone without the layer" in words
+
+
+def test_a_single_layer_leaks_all(data: Path) -> None:
+    cfg, model = reading(data, _Relative())
+    cfg.BN.LEAKAGE.NUM_IMAGES = 16
+    report = measure_leakage(cfg, model, by_layer=True)
+    (layer,) = report.by_layer
+    assert layer.removed == layer.alone
+    assert layer.removed == {key: report.leakage[key] for key in layer.removed}
 
 
 def simulated_accuracies() -> tuple[float, float]:
@@ -385,19 +603,19 @@ def test_batches_are_normalized_with_their_own_statistics(layer: nn.Module) -> N
     x = 3 + 2 * torch.randn(7, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     batches = [torch.tensor([5, 0, 2]), torch.tensor([1, 6, 3, 4])]
 
-    def layers(part: Tensor) -> tuple[Tensor]:
-        return (layer(part),)
-
-    with torch.no_grad(), normalizing(layer, "shuffled"):
-        (found,) = run_in_batches(layers, x, batches)
+    layers = {"0": layer[0]}
+    with torch.no_grad(), normalizing(layers, {"0": {7: Division.of(batches)}}):
+        found = layer(x)
+        with pytest.raises(ConfigError, match=r"0 was given 6 rows, where there are 7 RoIs"):
+            layer(x[:6])
     expected = torch.empty_like(x, dtype=torch.double)
     for rows in batches:
         part = x[rows].double()
         var, mean = torch.var_mean(part, (0, 2, 3), correction=0, keepdim=True)
         expected[rows] = (part - mean) / (var + 1e-5).sqrt()
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
-    with torch.no_grad(), normalizing(layer, "population"):
-        (found,) = run_in_batches(layers, x, batches)
+    with torch.no_grad(), normalizing(layers, {"0": None}):
+        found = layer(x)
     torch.testing.assert_close(found, x, atol=1e-4, rtol=1e-4)
     assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
 
@@ -469,6 +687,30 @@ def test_ap_of_resamples_is_that_of_duplicated_images(seed: int) -> None:
         assert value == pytest.approx(expected, abs=1e-6)
 
 
+def test_recalls_that_are_reached_are_those_of_a_search() -> None:
+    images, objects, _ = coco_problem()
+    ap = AveragePrecision(images, objects, [], 3, "bbox")
+    number = np.repeat(np.arange(1, 401), 401).reshape(400, 401)
+    true = np.minimum(np.arange(401)[None], number)
+    expected = np.searchsorted(ap._recalls, true / number, side="right")
+    assert np.array_equal(ap._reached(true, number), expected)
+
+
+def test_masks_are_placed_as_detectron2_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    corners = 60 * torch.rand(40, 2, generator=generator)
+    boxes = torch.cat([corners, corners + 0.5 + 30 * torch.rand(40, 2, generator=generator)], 1)
+    boxes[:, 2] = boxes[:, 2].clamp(max=70)
+    boxes[:, 3] = boxes[:, 3].clamp(max=90)
+    boxes[0] = torch.tensor([0.0, 0.0, 70.0, 90.0])
+    masks = torch.rand(40, 14, 14, generator=generator)
+    expected = paste_masks_in_image(masks, Boxes(boxes), (90, 70))
+    assert torch.equal(paste(masks, boxes, 90, 70), expected)
+    monkeypatch.setattr("bn_detection.leakage.detections._MOST_PIXELS", 90 * 90 * 3)
+    assert torch.equal(paste(masks, boxes, 90, 70), expected)
+    assert paste(masks[:0], boxes[:0], 90, 70).shape == (0, 90, 70)
+
+
 def test_ap_without_detections_or_objects() -> None:
     images, objects, _ = coco_problem()
     ap = AveragePrecision(images, objects, [], 3, "bbox")
@@ -532,7 +774,6 @@ def test_images_per_worker_are_those_of_the_reference_world_size(data: Path) -> 
     ("more", "message"),
     [
         (("MODEL.META_ARCHITECTURE", "RetinaNet"), r"must be a GeneralizedRCNN .* a RetinaNet"),
-        (("MODEL.ROI_HEADS.NAME", "CascadeROIHeads"), r"its ROI heads .* a CascadeROIHeads"),
         (("BN.LEAKAGE.IMAGES_PER_WORKER", 5), r"5 images have labels, and with 5 .* needs 10"),
         (("BN.LEAKAGE.RESAMPLES", 0), r"BN.LEAKAGE.RESAMPLES 0: it must be at least 1"),
         (("DATASETS.TEST", ()), r"DATASETS.TEST is empty"),
@@ -540,8 +781,7 @@ def test_images_per_worker_are_those_of_the_reference_world_size(data: Path) -> 
 )
 def test_what_cannot_be_probed_is_refused(data: Path, more: tuple, message: str) -> None:
     retinanet = ("MODEL.RETINANET.IN_FEATURES", "['p2']", "MODEL.RETINANET.NUM_CLASSES", 4)
-    cascade = ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True)
-    cfg = config(data, *more, *retinanet, *cascade)
+    cfg = config(data, *more, *retinanet)
     with pytest.raises(ConfigError, match=message):
         measure_leakage(cfg, build(cfg))
 
@@ -611,7 +851,7 @@ def test_the_tool_writes_a_report_and_replaces_none(data: Path, tmp_path: Path) 
     args = cli.parse(
         [
             *("probe", "--config-file", f"{tmp_path}/config.yaml", "--output", str(output)),
-            *("MODEL.WEIGHTS", str(weights), "BN.LEAKAGE.NUM_IMAGES", "4"),
+            *("--by-layer", "MODEL.WEIGHTS", str(weights), "BN.LEAKAGE.NUM_IMAGES", "4"),
         ]
     )
     assert preflight_probe(args) == "cpu"
@@ -627,6 +867,9 @@ def test_the_tool_writes_a_report_and_replaces_none(data: Path, tmp_path: Path) 
         ]
         assert all(list(value) == ["value", "low", "high"] for value in metrics.values())
     assert report["limit"]["dataset cue"] == "both cues"
+    assert [layer["name"] for layer in report["by_layer"]] == report["batch_norms"]
+    for metric in ("accuracy", "mask_accuracy"):
+        assert (tmp_path / f"new/probe_probe/by_layer_{metric}.png").stat().st_size > 1000
     assert "leakage = own_worker - shuffled" in (tmp_path / "new/probe_probe/log.txt").read_text()
     with pytest.raises(ConfigError, match=r"probe.json exists"):
         preflight_probe(args)

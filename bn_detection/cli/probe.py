@@ -28,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(the default where the second stage is known); detections: the AP of the detector's own "
         "detections, of any detector",
     )
+    parser.add_argument(
+        "--by-layer",
+        action="store_true",
+        help="which layer leaks: each with the batch of others alone, and all others with it",
+    )
     add_model_flags(parser)
     add_common_flags(parser)
     add_overrides(parser)

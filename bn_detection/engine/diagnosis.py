@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from ..leakage import (
     LeakageReport,
     check_probe,
     images_per_worker,
+    measure_layers,
     measure_leakage,
     measure_own_detections,
 )
@@ -328,6 +330,11 @@ def _probe(
         if not on_rois:
             return measure_own_detections(cfg, model, modules=[layer.name for layer in trained])
         report = measure_leakage(cfg, model)
+        margin = configured_rules(cfg)["BN201"].threshold
+        leaking = [m for m, x in report.leakage.items() if "accuracy" in m and x.exceeds(margin)]
+        if leaking:
+            logger.info("Leakage by layer")
+            report = replace(report, by_layer=measure_layers(cfg, model, leaking))
     except ConfigError as error:
         left_out.append(f"The leakage probe: {error}")
         return None

@@ -44,6 +44,8 @@ def preflight_probe(args: argparse.Namespace) -> str:
     Raises:
         ConfigError: names the key or flag, its value, and what would be right.
     """
+    if args.by_layer and args.on == "detections":
+        raise ConfigError("--by-layer is of the probe on RoIs: leave out --on detections.")
     output = Path(args.output)
     if output.suffix != ".json":
         raise ConfigError(f"--output {output}: the report's name ends in .json.")
@@ -72,7 +74,8 @@ def check_probing(cfg: CfgNode) -> None:
 def probe(args: argparse.Namespace) -> None:
     """Measure the leakage of MODEL.WEIGHTS, write the report, and print its table.
 
-    Beside the report is a folder with the log and the config (``_probe``).
+    Beside the report is a folder with the log and the config (``_probe``), and with ``--by-layer``
+    a figure of each accuracy.
 
     Args:
         args: of ``bn-detection probe``, checked by :func:`preflight_probe`.
@@ -96,25 +99,35 @@ def probe(args: argparse.Namespace) -> None:
     )
     if not cfg.MODEL.WEIGHTS:
         logger.warning("Probing randomly initialized weights: MODEL.WEIGHTS is empty.")
-    report = _measure(cfg, model, args.on, workers.number)
+    report = _measure(cfg, model, args, workers.number)
     output = Path(args.output)
     with replacing(output) as file:
         file.write_text(json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n")
     logger.info("%s", report.text())
     logger.info("Wrote %s", output)
+    if isinstance(report, LeakageReport) and report.by_layer:
+        from ..leakage.by_layer_figure import by_layer_figure, by_layer_metrics  # with matplotlib
+
+        for metric in by_layer_metrics(report.by_layer):
+            figure, _ = by_layer_figure(report.by_layer, metric)
+            file = Path(cfg.OUTPUT_DIR, f"by_layer_{metric}.png")
+            figure.savefig(file, dpi=150)
+            logger.info("Wrote %s", file)
 
 
 def _measure(
-    cfg: CfgNode, model: nn.Module, on: str | None, num_workers: int
+    cfg: CfgNode, model: nn.Module, args: argparse.Namespace, num_workers: int
 ) -> LeakageReport | DetectionReport:
+    on = args.on or ("rois" if args.by_layer else None)
     if on is None:
         try:
             check_probe(cfg, model)
         except ConfigError as error:
             logger.info("On detections, by the AP of the detector itself: %s", error)
             on = "detections"
-    measure = measure_own_detections if on == "detections" else measure_leakage
-    return measure(cfg, model, num_workers=num_workers)
+    if on == "detections":
+        return measure_own_detections(cfg, model, num_workers=num_workers)
+    return measure_leakage(cfg, model, num_workers=num_workers, by_layer=args.by_layer)
 
 
 def _load_config(args: argparse.Namespace) -> CfgNode:

@@ -111,10 +111,16 @@ class AveragePrecision:
             true = np.cumsum(counts[:, rises], axis=1)
             precision = true / np.maximum(of[:, rises], 1)
             precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-            recall = true / np.maximum(objects, 1)[:, None]
-            reached = np.searchsorted(self._recalls, recall, side="right")
+            reached = self._reached(true, np.maximum(objects, 1)[:, None])
             total += (np.diff(reached, axis=1, prepend=0) * precision).sum(1)
         return np.where(objects > 0, total, 0) / (len(found.matched) * len(self._recalls))
+
+    def _reached(self, true: np.ndarray, objects: np.ndarray) -> np.ndarray:
+        """How many of the recalls are reached, as by a search in them, which takes longer."""
+        nearly = true * (len(self._recalls) - 1) // objects
+        # Rounded, a recall may be above the fraction that it stands for.
+        reached: np.ndarray = nearly + (self._recalls[nearly] <= true / objects)
+        return reached
 
 
 def _coco(

@@ -1,14 +1,18 @@
-"""Normalization batches of fixed RoIs: which share statistics, and the heads run on them."""
+"""Normalization batches of fixed RoIs: which share statistics, and layers that use them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..config import ConfigError
 from ..norm import PartitionedBatchNorm2d, shuffled_groups
 
 MODES = ("own_image", "own_worker", "shuffled", "population")
@@ -20,38 +24,101 @@ def batch_norms(module: nn.Module) -> dict[str, nn.Module]:
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)}
 
 
+@dataclass(frozen=True)
+class Division:
+    """Rows divided into normalization batches.
+
+    Attributes:
+        sizes: rows of each batch.
+        order: the rows, batch by batch; None where that is their order.
+        place: its inverse.
+    """
+
+    sizes: list[int]
+    order: Tensor | None
+    place: Tensor | None
+
+    @classmethod
+    def of(cls, batches: Sequence[Tensor], device: torch.device | str = "cpu") -> Division:
+        """From the rows of each batch, each row once."""
+        order = torch.cat([torch.zeros(0, dtype=torch.long), *batches])
+        sizes = [len(rows) for rows in batches]
+        if torch.equal(order, torch.arange(len(order))):
+            return cls(sizes, None, None)
+        return cls(sizes, order.to(device), torch.argsort(order).to(device))
+
+    def map(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """``function`` of each batch of the rows of ``x``, in the order of ``x``."""
+        if not self.sizes:
+            return x
+        if self.order is not None:
+            x = x[self.order]
+        outputs = torch.cat([function(batch) for batch in x.split(self.sizes)])
+        return outputs if self.place is None else outputs[self.place]
+
+
+Divisions = Mapping[int, Division]
+"""By the number of rows that a layer is given."""
+
+
 @contextmanager
-def normalizing(module: nn.Module, mode: str) -> Iterator[None]:
-    """Normalize with the batch of each forward, or with population statistics.
+def normalizing(
+    layers: Mapping[str, nn.Module], by: Mapping[str, Divisions | None]
+) -> Iterator[None]:
+    """Let each layer normalize with batches of its rows, or with population statistics.
 
     Works for torch's and Detectron2's layers and for this project's, in eval mode, without any
-    collective; no statistics move.
+    collective; no statistics move. A layer that does more than BN is run as it is, on each batch.
 
     Args:
-        module: a head, in eval mode.
-        mode: one of :data:`MODES`; all but "population" use the statistics of the forward.
+        layers: BN layers by name, in eval mode.
+        by: for each name the batches of its rows; None for population statistics.
+
+    Raises:
+        ConfigError: in the forward pass: a layer is given another number of rows.
     """
-    layers = batch_norms(module).values()
-    ours = {
-        layer: (layer.inference, layer.inference_scope)
-        for layer in layers
-        if isinstance(layer, PartitionedBatchNorm2d)
-    }
-    stock = [] if mode == "population" else [layer for layer in layers if layer not in ours]
-    buffers = {layer: dict(layer._buffers) for layer in stock}
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.enter_context(replaced(layer, **_changes(name, layer, by[name])))
+        yield
+
+
+@contextmanager
+def replaced(owner: nn.Module, **attributes: Any) -> Iterator[None]:
+    """Let a module have other attributes, such as a method, for a while."""
+    own = vars(owner)
+    before = {key: own[key] for key in attributes if key in own}
+    own.update(attributes)
     try:
-        for own in ours:
-            own.inference = "population" if mode == "population" else "batch"
-            own.inference_scope = None
-        for layer in stock:
-            # torch's BatchNorm without running statistics uses the batch in eval mode.
-            layer._buffers.update(running_mean=None, running_var=None)
         yield
     finally:
-        for own, (inference, scope) in ours.items():
-            own.inference, own.inference_scope = inference, scope
-        for layer in stock:
-            layer._buffers.update(buffers[layer])
+        for key in attributes:
+            del own[key]
+        own.update(before)
+
+
+def _changes(name: str, layer: Any, divisions: Divisions | None) -> dict[str, Any]:
+    is_ours = isinstance(layer, PartitionedBatchNorm2d)
+    if divisions is None:
+        return {"inference": "population"} if is_ours else {}
+    forward = partial(_in_batches, name, layer.forward, divisions)
+    if is_ours:
+        return {"inference": "batch", "inference_scope": None, "forward": forward}
+    # torch's BatchNorm without running statistics uses the batch in eval mode.
+    none = {"running_mean": None, "running_var": None}
+    return {"_buffers": layer._buffers | none, "forward": forward}
+
+
+def _in_batches(
+    name: str, forward: Callable[..., Tensor], divisions: Divisions, x: Tensor, **more: Tensor
+) -> Tensor:
+    division = divisions.get(len(x))
+    if division is None:
+        raise ConfigError(
+            f"The leakage probe changes the normalization batches of RoIs: {name} was given "
+            f"{len(x)} rows, where there are {' or '.join(map(str, divisions))} RoIs."
+        )
+    return division.map(partial(forward, **more), x)
 
 
 def normalization_batches(
@@ -102,23 +169,3 @@ def own_shares(
         here = worker_of[rows]
         shares += (torch.bincount(here)[here] / len(rows)).tolist()
     return shares
-
-
-def run_in_batches(
-    layers: Callable[[Tensor], tuple[Tensor, ...]], features: Tensor, batches: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """Run a head on each batch.
-
-    Args:
-        layers: the head, of RoI features.
-        features: ``(R, C, H, W)``.
-        batches: their rows, each row once.
-
-    Returns:
-        The outputs, in the order of ``features``.
-    """
-    # With channels last, convolutions of small maps take about half the time on a CPU.
-    features = features.contiguous(memory_format=torch.channels_last)
-    outputs = [layers(features[rows.to(features.device)]) for rows in batches]
-    place = torch.argsort(torch.cat(list(batches))).to(features.device)
-    return tuple(torch.cat(parts)[place] for parts in zip(*outputs, strict=True))

@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from ..metrics import DISTANCES
 from ..page import COLORS, figure, new_figure, render
+from .by_layer_figure import by_layer_figure, by_layer_metrics
 from .diagnosis import Diagnosis, by_distance
 from .layers import LayerReport
 from .on_detections import DetectionReport
@@ -29,6 +30,7 @@ def page(diagnosis: Diagnosis) -> str:
         diagnosis=diagnosis,
         distances=DISTANCES,
         probe_figure=None if probe is None else _probe_figure(probe),
+        by_layer_figures=_by_layer_figures(probe),
         layers_figure=_layers_figure(diagnosis.layers),
     )
 
@@ -54,6 +56,16 @@ def _probe_figure(report: LeakageReport | DetectionReport) -> Markup:
     what = "The second stage on the same RoIs" if report.on == "rois" else "Own detections"
     caption = f"{what} with {len(labels)} normalization batches, with 95 % intervals over images."
     return figure(made, alt, caption)
+
+
+def _by_layer_figures(report: LeakageReport | DetectionReport | None) -> list[Markup]:
+    if not isinstance(report, LeakageReport):
+        return []
+    caption = "What leaks through each layer, with 95 % intervals."
+    return [
+        figure(*by_layer_figure(report.by_layer, metric), caption)
+        for metric in by_layer_metrics(report.by_layer)
+    ]
 
 
 def _layers_figure(layers: Sequence[LayerReport]) -> Markup | None:

@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from itertools import islice
 from typing import Any, TypeVar
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import GeneralizedRCNN
-from detectron2.modeling.proposal_generator import RPN
-from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers, StandardROIHeads
-from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead
 from torch import nn
 
 from ..config import ConfigError
 from ..population import untouched
-from .batches import batch_norms
+from .by_layer import LayerLeakage, LayerScores
 from .report import LeakageReport
 from .rois import draw, labelled_images, sample_rois
-from .scoring import MASK_HEAD, Scores
+from .scoring import Scores
+from .second_stage import KEYPOINT, MASK, SecondStage
+from .window import Window, accuracy_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +35,9 @@ _LOG_SECONDS = 10.0
 _LEAST_WORKERS = 8
 
 
-def measure_leakage(cfg: CfgNode, model: nn.Module, *, num_workers: int = 1) -> LeakageReport:
+def measure_leakage(
+    cfg: CfgNode, model: nn.Module, *, num_workers: int = 1, by_layer: bool = False
+) -> LeakageReport:
     """Evaluate a detector's second stage with four kinds of normalization batch.
 
     The RoIs are those that training would sample from the labelled images of ``DATASETS.TEST[0]``,
@@ -47,29 +48,69 @@ def measure_leakage(cfg: CfgNode, model: nn.Module, *, num_workers: int = 1) -> 
     Args:
         cfg: with the keys of :func:`bn_detection.add_bn_detection_config`; ``BN.LEAKAGE`` says how
             many images.
-        model: a ``GeneralizedRCNN`` with ``StandardROIHeads``, of ``cfg``, its weights loaded.
+        model: a ``GeneralizedRCNN`` with an RPN, of ``cfg``, its weights loaded.
         num_workers: of the training, to tell the images of a worker from SOLVER.IMS_PER_BATCH,
             where neither BN.LEAKAGE.IMAGES_PER_WORKER nor BN.VIRTUAL_WORKERS does.
+        by_layer: whether to measure the leakage through each layer, too.
 
     Raises:
-        ConfigError: a model without such a second stage, named by its class; a dataset without
-            labels or with too few images; outputs that are not finite; a wrong key.
+        UnknownSecondStage: the model has none that is known here, or one whose outputs depend on
+            more than the pooled features of its RoIs; named by its class.
+        ConfigError: a dataset without labels or with too few images; outputs that are not finite; a
+            wrong key.
     """
-    check_probe(cfg, model)
+    with _windows_of(cfg, model, num_workers) as (stage, made):
+        name: str = cfg.DATASETS.TEST[0]
+        scores = Scores(model, stage, images_per_worker(cfg, num_workers))
+        layers = LayerScores(stage, list(stage.layers) if by_layer else [])
+        scores.look_for_limit(name)
+        for window in made:
+            scores.add(window)
+            layers.add(window)
+    resamples = cfg.BN.LEAKAGE.RESAMPLES
+    return replace(scores.report(name, resamples), by_layer=layers.leakages(resamples))
+
+
+def measure_layers(
+    cfg: CfgNode, model: nn.Module, metrics: Iterable[str], *, num_workers: int = 1
+) -> list[LayerLeakage]:
+    """Measure what :func:`measure_leakage` measures by layer, and nothing else.
+
+    Args:
+        cfg: as there.
+        model: as there.
+        metrics: accuracies of its report: the layers of the parts that they are of are measured.
+        num_workers: as there.
+
+    Raises:
+        ConfigError: as there.
+    """
+    wanted = set(metrics)
+    with _windows_of(cfg, model, num_workers) as (stage, made):
+        layers = LayerScores(stage, [part for part in stage.layers if accuracy_of(part) in wanted])
+        for window in islice(made, layers.most_windows):
+            layers.add(window)
+    return layers.leakages(cfg.BN.LEAKAGE.RESAMPLES)
+
+
+@contextmanager
+def _windows_of(
+    cfg: CfgNode, model: nn.Module, num_workers: int
+) -> Iterator[tuple[SecondStage, Iterator[Window]]]:
+    """The second stage of a model, and windows of images; it is afterwards as it was."""
+    check_probe_config(cfg)
+    stage = SecondStage(model)
     per_worker = images_per_worker(cfg, num_workers)
     records = _choose(cfg, per_worker)
-    name: str = cfg.DATASETS.TEST[0]
-    heads: Any = model.roi_heads
-    left_out = _left_out(heads, name, records)
-    mask = heads.mask_head if _has_bn(heads, "mask") and MASK_HEAD not in left_out else None
-    scores = Scores(model, mask, per_worker)
-    rois = sample_rois(cfg, model, records, masks=mask is not None)
+    _leave_out_unlabelled(stage, cfg.DATASETS.TEST[0], records)
+    rois = sample_rois(cfg, model, stage, records)
+    together = windows(rois, len(records), per_worker, cfg.BN.LEAKAGE.SHUFFLED_IMAGES)
     with untouched(model), torch.no_grad(), closing(rois):
         model.eval()
-        scores.look_for_limit(name)
-        for window in windows(rois, len(records), per_worker, cfg.BN.LEAKAGE.SHUFFLED_IMAGES):
-            scores.add(window)
-    return scores.report(name, left_out, cfg.BN.LEAKAGE.RESAMPLES)
+        yield (
+            stage,
+            (Window(images, stage, per_worker, seed) for seed, images in enumerate(together)),
+        )
 
 
 def check_probe_config(cfg: CfgNode) -> None:
@@ -91,27 +132,11 @@ def check_probe(cfg: CfgNode, model: nn.Module) -> None:
     """Refuse what the probe cannot measure.
 
     Raises:
-        ConfigError: names the class or key.
+        UnknownSecondStage: names the class.
+        ConfigError: names the key.
     """
     check_probe_config(cfg)
-    heads: Any = getattr(model, "roi_heads", None)
-    parts = {
-        "the model": (model, GeneralizedRCNN),
-        "its proposal generator": (getattr(model, "proposal_generator", None), RPN),
-        "its ROI heads": (heads, StandardROIHeads),
-        "its box predictor": (getattr(heads, "box_predictor", None), FastRCNNOutputLayers),
-    }
-    for what, (part, needed) in parts.items():
-        if not isinstance(part, needed) or isinstance(part, CascadeROIHeads):
-            raise ConfigError(
-                f"The leakage probe measures a second stage on RoIs: {what} must be a "
-                f"{needed.__name__} (and no CascadeROIHeads), and is a {type(part).__name__}."
-            )
-    if getattr(heads.box_predictor, "use_sigmoid_ce", False):
-        raise ConfigError(
-            "The leakage probe reports the softmax cross entropy of the classes, and the box "
-            "predictor has a sigmoid for each (MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE True)."
-        )
+    SecondStage(model)
 
 
 def images_per_worker(cfg: CfgNode, num_workers: int) -> int:
@@ -205,23 +230,13 @@ def windows(
             logger.info("%d of %d images, about %.0f s left", done, expected, left)
 
 
-def _has_bn(heads: nn.Module, kind: str) -> bool:
-    return getattr(heads, f"{kind}_on") and bool(batch_norms(getattr(heads, f"{kind}_head")))
-
-
-def _left_out(heads: nn.Module, dataset: str, records: list[dict[str, Any]]) -> dict[str, str]:
-    """By name, why a head that has BN cannot be measured."""
-    reasons = {}
-    if _has_bn(heads, "mask"):
-        objects = [item for record in records for item in record["annotations"]]
-        without = sum("segmentation" not in item for item in objects)
-        if heads.mask_pooler is None or not isinstance(heads.mask_head, BaseMaskRCNNHead):
-            reasons[MASK_HEAD] = (
-                f"it is a {type(heads.mask_head).__name__}, and the probe measures mask heads on "
-                "pooled RoI features with the layers of Detectron2's BaseMaskRCNNHead."
+def _leave_out_unlabelled(stage: SecondStage, dataset: str, records: list[dict[str, Any]]) -> None:
+    """Leave out what is not measured where objects lack its labels."""
+    objects = [item for record in records for item in record["annotations"]]
+    labels = (MASK, "segmentation", "mask"), (KEYPOINT, "keypoints", "keypoints")
+    for part, key, label in labels:
+        without = sum(key not in item for item in objects)
+        if part in stage.layers and without:
+            stage.leave_out(
+                part, f'{without} of {len(objects)} objects of "{dataset}" have no {label}.'
             )
-        elif without:
-            reasons[MASK_HEAD] = f'{without} of {len(objects)} objects of "{dataset}" have no mask.'
-    if _has_bn(heads, "keypoint"):
-        reasons["roi_heads.keypoint_head"] = "the probe measures box and mask heads."
-    return reasons

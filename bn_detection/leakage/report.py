@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,6 +10,7 @@ from tabulate import tabulate
 
 from ..estimate import Estimate
 from ..metrics import PROBE, Metric
+from .by_layer import LayerLeakage, by_layer_table
 from .limits import LimitComparison
 
 Metrics = dict[str, Estimate]
@@ -38,6 +40,7 @@ class LeakageReport:
         limit: on LeakyShapes, the accuracy of "own_worker" against the best possible from one
             object; None elsewhere, and where no RoI sees one object alone.
         left_out: by name, why a head that has BN was not measured.
+        by_layer: what leaks through each layer, if that was measured.
     """
 
     on: ClassVar[str] = "rois"
@@ -58,6 +61,7 @@ class LeakageReport:
     staleness: Metrics
     limit: LimitComparison | None
     left_out: dict[str, str]
+    by_layer: Sequence[LayerLeakage] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and numbers; null for what there is none of."""
@@ -65,7 +69,9 @@ class LeakageReport:
         def plain(value: Any) -> Any:
             if isinstance(value, dict):
                 return {key: plain(item) for key, item in value.items()}
-            return value.to_json() if isinstance(value, Estimate | LimitComparison) else value
+            if isinstance(value, list | tuple):
+                return [plain(item) for item in value]
+            return value.to_json() if hasattr(value, "to_json") else value
 
         return {"on": self.on} | {key: plain(value) for key, value in vars(self).items()}
 
@@ -104,6 +110,8 @@ class LeakageReport:
                 f"with the own worker's batch, it is {limit.accuracy.text(1)} %: "
                 f"{limit.above.text(1)} points above."
             )
+        if self.by_layer:
+            text += f"\n\nLeakage by layer:\n\n{by_layer_table(self.by_layer)}"
         return text
 
     def table(self, style: str = "simple") -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..config import ConfigError
 from ..data import ReadableLoader, SkipUnreadable, check_num_classes
 from ..data.records import check_first_images, check_records, needs_of
+from .second_stage import KEYPOINT, MASK, Rois, SecondStage, is_foreground
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,14 @@ class ImageRois:
             other ``gt_`` fields of the object that each is matched to; R of them.
         objects: ground truth boxes, in the coordinates of ``proposals``.
         foreground: bool ``(R,)``.
-        box_features: pooled, ``(R, C, H, W)``.
-        mask_features: pooled, of the F foreground RoIs, ``(F, C, H, W)``; None without mask head.
+        parts: what each part of the second stage is given.
     """
 
     record: dict[str, Any]
     proposals: Instances
     objects: Boxes
     foreground: Tensor
-    box_features: Tensor
-    mask_features: Tensor | None
+    parts: dict[str, Rois]
 
 
 def _objects(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -64,9 +63,11 @@ def labelled_images(cfg: CfgNode, dataset_name: str) -> list[dict[str, Any]]:
     where = f'DATASETS.TEST: dataset "{dataset_name}"'
     dicts = get_detection_dataset_dicts(dataset_name, filter_empty=False, check_consistency=False)
     check_num_classes(cfg, dataset_name)
-    needs = replace(needs_of(cfg), keypoints=None)  # the head of keypoints is left out
+    needs = needs_of(cfg)  # a head whose labels are not there is left out
     if not all("segmentation" in item for item in _objects(dicts)):
-        needs = replace(needs, masks=None)  # the mask head is left out
+        needs = replace(needs, masks=None)
+    if not all("keypoints" in item for item in _objects(dicts)):
+        needs = replace(needs, keypoints=None)
     check_records(dicts, where, needs)
     check_first_images(dicts, where)
     labelled = [
@@ -90,7 +91,7 @@ def draw(record: dict[str, Any]) -> tuple[int, str]:
 
 
 def sample_rois(
-    cfg: CfgNode, model: Any, records: list[dict[str, Any]], *, masks: bool
+    cfg: CfgNode, model: Any, stage: SecondStage, records: list[dict[str, Any]]
 ) -> Generator[ImageRois]:
     """Sample RoIs image by image, as inference resizes the images and as training samples RoIs.
 
@@ -99,9 +100,9 @@ def sample_rois(
 
     Args:
         cfg: the config.
-        model: a ``GeneralizedRCNN`` with ``StandardROIHeads``.
+        model: a ``GeneralizedRCNN``.
+        stage: its second stage, which says what labels are needed.
         records: dataset dicts; images that cannot be read are passed over.
-        masks: whether to pool for the mask head as well, and load the masks of the objects.
     """
     numbered = [{**record, "number": number} for number, record in enumerate(records)]
     name = cfg.DATASETS.TEST[0]
@@ -109,7 +110,8 @@ def sample_rois(
         cfg,
         True,
         augmentations=build_augmentation(cfg, False),
-        use_instance_mask=masks,
+        use_instance_mask=MASK in stage.layers,
+        use_keypoint=KEYPOINT in stage.layers,
         recompute_boxes=False,  # nothing is cropped
     )
     loader = build_detection_test_loader(
@@ -122,7 +124,7 @@ def sample_rois(
         for (item,) in ReadableLoader(loader, name):
             record = records[item["number"]]
             torch.manual_seed(draw(record)[0])
-            yield _of_image(model, item, record, masks)
+            yield _of_image(model, stage, item, record)
 
 
 @contextmanager
@@ -138,23 +140,18 @@ def training_proposals(generator: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _of_image(model: Any, item: dict[str, Any], record: dict[str, Any], masks: bool) -> ImageRois:
-    heads = model.roi_heads
+def _of_image(
+    model: Any, stage: SecondStage, item: dict[str, Any], record: dict[str, Any]
+) -> ImageRois:
     images = model.preprocess_image([item])
     features = model.backbone(images.tensor)
     proposals, _ = model.proposal_generator(images, features, None)
     target = item["instances"].to(images.tensor.device)
     with EventStorage():  # the sampler logs its counts
-        (sampled,) = heads.label_and_sample_proposals(proposals, [target])
-    foreground = (sampled.gt_classes >= 0) & (sampled.gt_classes < heads.num_classes)
-    boxes = sampled.proposal_boxes
-    mask_features = None
-    if masks:
-        levels = [features[name] for name in heads.mask_in_features]
-        mask_features = heads.mask_pooler(levels, [boxes[foreground]])
-    levels = [features[name] for name in heads.box_in_features]
-    pooled = heads.box_pooler(levels, [boxes])
-    return ImageRois(record, sampled, target.gt_boxes, foreground, pooled, mask_features)
+        (sampled,) = model.roi_heads.label_and_sample_proposals(proposals, [target])
+    parts = stage.pool(images, features, sampled, target)
+    foreground = is_foreground(sampled.gt_classes, stage.num_classes)
+    return ImageRois(record, sampled, target.gt_boxes, foreground, parts)
 
 
 def coco_objects(number: int, record: dict[str, Any], masks: bool) -> list[dict[str, Any]]:

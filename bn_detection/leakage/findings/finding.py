@@ -13,6 +13,7 @@ from ...estimate import Estimate
 from ...metrics import DETECTIONS, DISTANCES, PROBE, Metric
 from ...norm import matches
 from ...words import listed
+from ..by_layer import LayerLeakage
 from ..layers import LayerReport
 
 SHOWN = 5
@@ -182,6 +183,11 @@ class Examined:
     def uses_population(self, layer: LayerReport) -> bool:
         """Whether inference normalizes with the population statistics of a layer."""
         return self.cfg.BN.INFERENCE != "batch" or not matches(layer.name, self.cfg.BN.MODULES)
+
+    @property
+    def by_layer(self) -> list[LayerLeakage]:
+        """What leaks through each layer, where that was measured."""
+        return [LayerLeakage.from_json(x) for x in (self.probe or {}).get("by_layer", ())]
 
     def probed(self, kind: str, metric: str) -> Estimate | None:
         """A difference of modes in a metric, where it was measured and matters.

@@ -52,8 +52,18 @@ def convert(examined: Examined, layers: Sequence[LayerReport], norm: str) -> lis
     return there + [[glob, norm] for glob in _globs(examined, exact)]
 
 
-def of_head(examined: Examined, layers: Sequence[LayerReport]) -> dict[str, Any]:
-    """Another norm for a head: by its NORM where it is one that has it, else by conversion."""
+def of_head(
+    examined: Examined, layers: Sequence[LayerReport], of: Sequence[LayerReport]
+) -> dict[str, Any]:
+    """Another norm for layers of a head.
+
+    By its NORM where these are all that it has, and it is one that has a NORM; else by conversion.
+
+    Args:
+        examined: the measurements.
+        layers: those to change.
+        of: the layers of the head.
+    """
     # One worker has nobody to shuffle with.
     shuffles = any(layer.spans_workers for layer in layers)
     norm = without_batch(layers) if shuffles or examined.workers == 1 else "ShuffleBN"
@@ -67,7 +77,8 @@ def of_head(examined: Examined, layers: Sequence[LayerReport]) -> dict[str, Any]
     converted = any(matches(name, globs) for layer in layers for name in lineage(layer.name))
     for key, head in HEADS.items():
         has_norm = examined.cfg.MODEL[key].NAME in (head.ours, head.stock)
-        if has_norm and not converted and all(x.name.startswith(head.prefix) for x in layers):
+        is_whole = len(layers) == len(of) and all(x.name.startswith(head.prefix) for x in of)
+        if has_norm and not converted and is_whole:
             return {"MODEL": {key: {"NAME": head.ours, "NORM": norm}}}
     if not any(layer.is_exact for layer in layers):  # which BN.CONVERT would refuse
         return {"BN": {"INFERENCE": "batch", "MODULES": _modules(examined, layers)}}

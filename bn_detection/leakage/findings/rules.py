@@ -127,7 +127,8 @@ def configured_rules(cfg: CfgNode) -> dict[str, Rule]:
 def conclude(examined: Examined) -> tuple[list[Finding], list[Finding]]:
     """Findings, worst first, and notes: what is worth knowing and no finding.
 
-    Those whose cost in AP was measured come first, by that cost; the others by id.
+    Those whose cost in AP was measured come first, by the cost that is certain, the lower end of
+    its interval; the others by id.
 
     Args:
         examined: the measurements.
@@ -140,7 +141,7 @@ def conclude(examined: Examined) -> tuple[list[Finding], list[Finding]]:
         if not rule.residual or all(item.severity == "note" for item in items):
             items += rule.examine(examined, rule)
     found = [item for item in items if item.severity == "finding"]
-    found.sort(key=lambda item: math.inf if item.cost is None else -item.cost.value)
+    found.sort(key=lambda item: math.inf if item.cost is None else -item.cost.low)
     return found, [item for item in items if item.severity == "note"]
 
 
