@@ -56,7 +56,7 @@ def diagnose(
     detector = detector_of(model)
     settings: dict[str, Any] = {
         "model": type(model).__name__,
-        "weights": type(model).__name__,
+        "weights": "as given",
         "family": type(detector).__name__,
         "workers": workers,
         "images_per_worker": images_per_worker,
