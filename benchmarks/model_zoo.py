@@ -191,7 +191,9 @@ def diagnose_config(name: str, folder: Path) -> Row:
     found = json.loads((folder / "diagnosis" / "diagnosis.json").read_text())
     measured = sum(layer["ema_to_precise"] is not None for layer in found["layers"])
     left_out = [text for text in found["left_out"] if "leakage probe" in text.lower()]
-    if found["probe"] is None:
+    if not found["layers"]:
+        probe = found["verdict"]
+    elif found["probe"] is None:
         probe = " ".join(left_out).removeprefix("The leakage probe: ")
     else:
         parts = [metric for metric in found["probe"]["leakage"] if "loss" in metric]
