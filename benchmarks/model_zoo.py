@@ -42,8 +42,8 @@ HEAD = """# Detectron2's model zoo
 `bn-detection diagnose` on every YAML config of the model zoo, by
 `python benchmarks/model_zoo.py --output docs/model_zoo.md`: depths, heads, samplers and losses are
 those of the config, channels and images few, weights random, and what can have a `NORM` has BN.
-*BN layers* are those whose statistics were measured; *probe on fixed RoIs* is what the
-[leakage probe](leakage.md) measured of the second stage, or why not.
+*BN layers* are those whose statistics were measured; *probe* is what the
+[leakage probe](leakage.md) measured, on the training sampler's RoIs or on detections, or why not.
 
 """
 
@@ -196,8 +196,9 @@ def diagnose_config(name: str, folder: Path) -> Row:
     elif found["probe"] is None:
         probe = " ".join(left_out).removeprefix("The leakage probe: ")
     else:
-        parts = [metric for metric in found["probe"]["leakage"] if "loss" in metric]
-        probe = "; ".join([f"measured: {', '.join(parts)}", *left_out])
+        on, metrics = found["probe"]["on"], found["probe"]["leakage"]
+        parts = [metric for metric in metrics if on == "detections" or "loss" in metric]
+        probe = "; ".join([f"on {on}: {', '.join(parts)}", *left_out])
     return Row(name, architecture, f"{measured} of {len(found['layers'])}", probe)
 
 
@@ -225,7 +226,7 @@ def main() -> None:
             logging.getLogger().handlers.clear()
             print(rows[-1].markdown(), flush=True)
     if args.output:
-        titles = ("config", "model", "BN layers", "probe on fixed RoIs")
+        titles = ("config", "model", "BN layers", "probe")
         lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
         text = HEAD + "\n".join([*lines, *(row.markdown() for row in rows)]) + "\n"
         Path(args.output).write_text(text, encoding="utf-8")

@@ -12,22 +12,21 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import model_zoo  # noqa: E402
 
-HEADS = "no layer of the model normalizes RoIs with a batch in training"
 SAMPLE = {
-    "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml": "measured: loss",
-    "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml": "measured: loss",
-    "COCO-Detection/fast_rcnn_R_50_FPN_1x.yaml": "its proposal generator must be a RPN",
-    "COCO-Detection/retinanet_R_50_FPN_1x.yaml": HEADS,
-    "COCO-Detection/rpn_R_50_FPN_1x.yaml": HEADS,
-    "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.yaml": "measured: loss, mask_loss",
-    "COCO-InstanceSegmentation/mask_rcnn_R_50_DC5_1x.yaml": "measured: loss, mask_loss",
-    "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml": "measured: loss",
-    "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml": "measured: loss, mask_loss",
+    "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml": "on rois: loss",
+    "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml": "on rois: loss",
+    "COCO-Detection/fast_rcnn_R_50_FPN_1x.yaml": "on detections: box_ap",
+    "COCO-Detection/retinanet_R_50_FPN_1x.yaml": "on detections: box_ap",
+    "COCO-Detection/rpn_R_50_FPN_1x.yaml": "a ProposalNetwork gives no instances, but proposals",
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.yaml": "on rois: loss, mask_loss",
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_DC5_1x.yaml": "on rois: loss, mask_loss",
+    "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml": "on rois: loss",
+    "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml": "on rois: loss, mask_loss",
     "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml": (
-        "measured: loss, loss_stage1, loss_stage2, loss_stage3, mask_loss"
+        "on rois: loss, loss_stage1, loss_stage2, loss_stage3, mask_loss"
     ),
     "Misc/mask_rcnn_R_50_FPN_1x_dconv_c3-c5.yaml": model_zoo.NATIVE,
-    "Misc/semantic_R_50_FPN_1x.yaml": HEADS,
+    "Misc/semantic_R_50_FPN_1x.yaml": "a SemanticSegmentor gives no instances, but sem_seg",
 }
 
 

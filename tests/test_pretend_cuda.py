@@ -96,7 +96,7 @@ def test_measurements_on_a_gpu(
 ) -> None:
     """The probe, the diagnosis and a recalibration."""
 
-    def begin(cfg: CfgNode, args: object, folder: str) -> CfgNode:
+    def begin(cfg: CfgNode, args: object, folder: str, *, quiet: bool) -> CfgNode:
         """Without the look for a GPU."""
         register_datasets(cfg)
         return cfg
@@ -105,7 +105,10 @@ def test_measurements_on_a_gpu(
         monkeypatch.setattr(module, "begin", begin)
 
     def run(tool: str, measure: Callable[[Any], Any], *flags: object) -> Any:
-        return measure(cli.parse([tool, *map(str, (*flags, *options))]))
+        args = cli.parse([tool, *map(str, (*flags, *options))])
+        if tool == "recalibrate":
+            recalibration.choose_workers(args)
+        return measure(args)
 
     trained = train(images, tmp_path, "BN of virtual workers", "cpu")
     config = tmp_path / "config.yaml"

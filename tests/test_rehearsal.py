@@ -27,6 +27,11 @@ def config(*more: object, config: str = "mask_rcnn_bn") -> CfgNode:
     return load_config(argument_parser().parse_args(["--config-file", str(path), *opts]))
 
 
+def test_results_are_expected_as_in_detectron2() -> None:
+    results = '[["bbox", "AP", 38.5, 0.2], ["segm", "AP", 35.0, 0.2]]'
+    check_values(config("TEST.EXPECTED_RESULTS", results), training=True)
+
+
 def told(error: pytest.ExceptionInfo[ConfigError]) -> str:
     message = str(error.value)
     assert "\n" not in message

@@ -205,7 +205,7 @@ def test_of_a_detector_with_population_statistics(data: Path, tmp_path: Path) ->
     run.model.get_submodule(LAYER).register_forward_hook(lambda _, args, __: inputs.append(args[0]))
     run.train()
     found = [r for r in records(tmp_path) if r["layer"] == LAYER]
-    channels = [10, 32, 53]
+    channels = [5, 16, 26]
     assert [r["channel"] for r in found] == channels * 4
     kinds = [("population" if "population_mean" in r else "batch") for r in found[::3]]
     iterations = [r["iteration"] for r in found[::3]]

@@ -133,10 +133,9 @@ def check_values(cfg: CfgNode, *, training: bool) -> None:
         _check_steps(cfg)
     _check_device(cfg.MODEL.DEVICE)
     for expected in cfg.TEST.EXPECTED_RESULTS:
-        if not isinstance(expected, list | tuple) or len(expected) != 5:
+        if not isinstance(expected, list | tuple) or len(expected) != 4:
             raise ConfigError(
-                f"TEST.EXPECTED_RESULTS {expected}: each entry is [dataset, task, metric, value, "
-                "tolerance]."
+                f"TEST.EXPECTED_RESULTS {expected}: each entry is [task, metric, value, tolerance]."
             )
 
 

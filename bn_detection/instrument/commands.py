@@ -71,8 +71,11 @@ def diagnose_model(args: argparse.Namespace) -> int:
 
 def probe_model(args: argparse.Namespace) -> None:
     """``bn-detection probe --model``: on detections."""
-    if args.on == "rois":
-        raise ConfigError("--on rois: the RoIs of a training sampler are known with --config-file.")
+    for asked, flag in ((args.on == "rois", "--on rois"), (args.by_layer, "--by-layer")):
+        if asked:
+            raise ConfigError(
+                f"{flag}: the RoIs of a training sampler are known with --config-file."
+            )
     output = _output(args, ".json")
     model = load_model(args)[0]
     if not batch_norms(model):

@@ -47,6 +47,9 @@ def fewest_globs(wanted: Sequence[str], others: Iterable[str]) -> list[str]:
         while left:
             chosen.append(max(widest, key=lambda layers: len(layers & left)))
             left -= chosen[-1]
+        for layers in list(chosen):  # what was taken first may be in what was taken later
+            rest = [other for other in chosen if other != layers]
+            chosen = rest if layers <= frozenset().union(*rest) else chosen
     chosen.sort(key=lambda layers: min(map(list(wanted).index, layers)))
     return [found[layers] for layers in chosen]
 
