@@ -131,7 +131,7 @@ class Ratio:
     """A metric that is one sum over images divided by another.
 
     Attributes:
-        numerator: float ``(I,)``, of each image.
+        numerator: float ``(I,)`` or ``(I, C)``, of each image.
         denominator: likewise.
     """
 
@@ -139,9 +139,9 @@ class Ratio:
     denominator: NDArray[Any]
 
     def __call__(self, weights: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Args: weights: ``(B, I)``. Returns ``(B,)``, NaN where the denominator is 0."""
+        """Args: weights: ``(B, I)``. Returns ``(B,)`` or ``(B, C)``, NaN where it divides by 0."""
         below: NDArray[np.float64] = weights @ self.denominator.astype(float)
         above = weights @ self.numerator.astype(float)
-        ratio = np.full(len(below), np.nan)
+        ratio = np.full_like(below, np.nan)
         np.divide(above, below, out=ratio, where=below > 0)
         return ratio

@@ -314,9 +314,11 @@ def test_commands_on_a_model(
     assert json.loads(Path("new.json").read_text())["layers"].keys() == {layer}
 
     common = (*common[:-1], "new.pth")
-    assert run("probe", "tiny_rcnn", *common, "--output", "p.json", "--images-per-gpu", 1) == 0
+    more = ("--images-per-gpu", 1, "--by-class")
+    assert run("probe", "tiny_rcnn", *common, "--output", "p.json", *more) == 0
     assert "leakage = image - shuffle" in capsys.readouterr().out
-    assert json.loads(Path("p.json").read_text())["images"] == 12
+    probed = json.loads(Path("p.json").read_text())
+    assert probed["images"] == 12 and {of["name"] for of in probed["by_class"]} == {"a", "b"}
     ended = run("diagnose", "tiny_rcnn", *common, "--output-dir", "d2", "--fail-on", "never")
     assert ended == 0
 

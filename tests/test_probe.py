@@ -851,7 +851,8 @@ def test_the_tool_writes_a_report_and_replaces_none(data: Path, tmp_path: Path) 
     args = cli.parse(
         [
             *("probe", "--config-file", f"{tmp_path}/config.yaml", "--output", str(output)),
-            *("--by-layer", "MODEL.WEIGHTS", str(weights), "BN.LEAKAGE.NUM_IMAGES", "4"),
+            *("--by-layer", "--by-class", "MODEL.WEIGHTS", str(weights)),
+            *("BN.LEAKAGE.NUM_IMAGES", "4"),
         ]
     )
     assert preflight_probe(args) == "cpu"
@@ -868,6 +869,9 @@ def test_the_tool_writes_a_report_and_replaces_none(data: Path, tmp_path: Path) 
         assert all(list(value) == ["value", "low", "high"] for value in metrics.values())
     assert report["limit"]["dataset cue"] == "both cues"
     assert [layer["name"] for layer in report["by_layer"]] == report["batch_norms"]
+    for of_class in report["by_class"]:
+        assert of_class["objects"] > 0
+        assert list(of_class["leakage"]) == ["accuracy", "box_ap", "mask_ap"]
     for metric in ("accuracy", "mask_accuracy"):
         assert (tmp_path / f"new/probe_probe/by_layer_{metric}.png").stat().st_size > 1000
     assert "leakage = own_worker - shuffled" in (tmp_path / "new/probe_probe/log.txt").read_text()

@@ -393,6 +393,8 @@ def test_the_command_measures_detections_where_no_rois_are_known(tmp_path: Path)
     for name, on in (("retinanet_shared", []), ("mask_rcnn_bn", ["--on", "detections"])):
         output = tmp_path / f"{name}.json"
         arguments = ["--config-file", f"quickstart/{name}.yaml", "--output", str(output), *on]
+        arguments += ["--by-class"]
         assert cli.main(["probe", *arguments, *options]) == 0
         report = json.loads(output.read_text())
         assert report["on"] == "detections" and report["images"] == 4
+        assert {of_class["name"][:6] for of_class in report["by_class"]} == {"class_"}

@@ -109,9 +109,10 @@ def test_c4_heads(data: Path) -> None:
 def test_each_stage_of_a_cascade(data: Path) -> None:
     cfg = config(data, *CASCADE)
     model = build(cfg)
-    report = measure_leakage(cfg, model)
+    report = measure_leakage(cfg, model, by_class=True)
     heads: Any = model.roi_heads
     losses, correct, foreground = torch.zeros(3), torch.zeros(3), torch.zeros(3)
+    of_classes = torch.zeros(2, 4)
     images = sampled(cfg, model)
     for image in images:
         maps = [maps_of(cfg, model, image)["p2"]]
@@ -130,6 +131,10 @@ def test_each_stage_of_a_cascade(data: Path) -> None:
             is_object = classes < 4
             correct[stage] += ((logits.argmax(1) == classes) & is_object).sum()
             foreground[stage] += is_object.sum()
+            right = is_object & (logits.argmax(1) == classes)
+            of_classes += torch.stack(
+                [classes[x].bincount(minlength=4) for x in (right, is_object)]
+            )
             found = predictor.box2box_transform.apply_deltas(deltas, boxes.tensor)
             boxes = type(boxes)(found)
             boxes.clip(image.proposals.image_size)
@@ -143,6 +148,11 @@ def test_each_stage_of_a_cascade(data: Path) -> None:
     assert own["accuracy"].value == pytest.approx(
         100 * (correct.sum() / foreground.sum()).item(), abs=1e-3
     )
+    by_class = dict(enumerate((100 * of_classes[0] / of_classes[1]).tolist()))
+    assert {
+        int(of.name.removeprefix("class_")): of.modes["own_image"]["accuracy"].value
+        for of in report.by_class
+    } == pytest.approx(by_class, abs=1e-3)
     assert [name.split(".")[2] for name in report.batch_norms] == ["0", "1", "2"]
     assert "stage 2 foreground accuracy" in report.text()
 

@@ -33,6 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="which layer leaks: each with the batch of others alone, and all others with it",
     )
+    parser.add_argument(
+        "--by-class",
+        action="store_true",
+        help="which classes leak: accuracy and AP of each, the largest leakage first",
+    )
     add_model_flags(parser)
     add_common_flags(parser)
     add_overrides(parser)

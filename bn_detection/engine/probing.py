@@ -126,8 +126,10 @@ def _measure(
             logger.info("On detections, by the AP of the detector itself: %s", error)
             on = "detections"
     if on == "detections":
-        return measure_own_detections(cfg, model, num_workers=num_workers)
-    return measure_leakage(cfg, model, num_workers=num_workers, by_layer=args.by_layer)
+        return measure_own_detections(cfg, model, num_workers=num_workers, by_class=args.by_class)
+    return measure_leakage(
+        cfg, model, num_workers=num_workers, by_layer=args.by_layer, by_class=args.by_class
+    )
 
 
 def _load_config(args: argparse.Namespace) -> CfgNode:

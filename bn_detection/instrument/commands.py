@@ -82,7 +82,11 @@ def probe_model(args: argparse.Namespace) -> None:
         print(_NOTHING)
         return
     data = data_of(args)
-    report = _said(lambda: measure_leakage(model, data, images_per_worker=args.images_per_gpu))
+    report = _said(
+        lambda: measure_leakage(
+            model, data, images_per_worker=args.images_per_gpu, by_class=args.by_class
+        )
+    )
     _write_json(output, report.to_json())
     print(f"{report.text()}\nWrote {output}")
 

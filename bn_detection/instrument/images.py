@@ -55,11 +55,14 @@ class Images:
         self._detector = detector
         self._records: list[dict[str, Any]] = []
         self._samples: list[Sample] = []
+        self._names: dict[int, str] = {}
         if isinstance(data, str | Path) or _is_coco(data):
             self.name, records = _records_of(data)
             kept = _order(len(records))[:number]
             self._records = [records[k] for k in kept]
             self._labels = _numbering(self.name, detector)
+            classes = MetadataCatalog.get(self.name).get("thing_classes", ())
+            self._names = {self._labels[number]: name for number, name in enumerate(classes)}
         else:
             self.name = type(data).__name__
             self._samples = list(islice(_samples_of(data, detector), number))
@@ -111,7 +114,9 @@ class Images:
                 objects.append(item)
         known = range(self._detector.first_label, self._detector.num_labels or 0)
         labels = {item["category_id"] for item in objects} | set(known)
-        categories = [{"id": label, "name": str(label)} for label in sorted(labels)]
+        categories = [
+            {"id": label, "name": self._names.get(label, str(label))} for label in sorted(labels)
+        ]
         return {"images": images, "annotations": objects, "categories": categories}
 
 

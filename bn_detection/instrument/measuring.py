@@ -26,6 +26,7 @@ def measure_leakage(
     images_per_worker: int = 1,
     num_images: int = 256,
     modules: Sequence[str] | None = None,
+    by_class: bool = False,
 ) -> DetectionReport:
     """The AP of a detector's own detections, by what its inference normalizes with.
 
@@ -41,6 +42,7 @@ def measure_leakage(
         num_images: to use at most.
         modules: globs over the names of the BN layers to change; by default those of the ROI heads,
             or of a detector without such layers all.
+        by_class: whether to report each class, too.
 
     Raises:
         ConfigError: there is no such file or dataset, or what is in it is wrong.
@@ -48,9 +50,8 @@ def measure_leakage(
             (:class:`bn_detection.detectors.FormError`) outputs of another form.
     """
     detector = detector_of(model)
-    return measure(
-        detector, Images(data, detector, num_images), images_per_worker, modules or default(model)
-    )
+    images = Images(data, detector, num_images)
+    return measure(detector, images, images_per_worker, modules or default(model), by_class)
 
 
 def default(model: nn.Module) -> list[str]:
@@ -60,7 +61,11 @@ def default(model: nn.Module) -> list[str]:
 
 
 def measure(
-    detector: Detector, images: Images, images_per_worker: int, modules: Sequence[str]
+    detector: Detector,
+    images: Images,
+    images_per_worker: int,
+    modules: Sequence[str],
+    by_class: bool = False,
 ) -> DetectionReport:
     """As :func:`measure_leakage`, of images that are read."""
     if not images.have_labels:
@@ -94,4 +99,5 @@ def measure(
         modules=modules,
         images_per_worker=images_per_worker,
         dataset=images.name,
+        by_class=by_class,
     )

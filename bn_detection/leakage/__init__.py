@@ -1,6 +1,7 @@
 """What leaks between the RoIs of an image through a normalization batch: measured, and bounded."""
 
 from ..estimate import Estimate
+from .by_class import ClassLeakage
 from .by_layer import LayerLeakage
 from .from_config import measure_own_detections
 from .limits import LimitComparison, sampled_accuracy_limit
@@ -16,6 +17,7 @@ from .report import LeakageReport
 from .second_stage import UnknownSecondStage
 
 __all__ = [
+    "ClassLeakage",
     "DetectionReport",
     "Estimate",
     "LayerLeakage",

@@ -78,14 +78,22 @@ class AveragePrecision:
         Returns:
             ``(B,)``, in percent; NaN where no object counts.
         """
-        total, classes = np.zeros(len(weights)), np.zeros(len(weights))
-        for found in self._classes:
+        return mean_of_classes(self.by_class(weights))
+
+    def by_class(self, weights: np.ndarray) -> np.ndarray:
+        """
+        Args:
+            weights: int ``(B, I)``, how often each image counts.
+
+        Returns:
+            ``(B, C)``, in percent; NaN where no object of the class counts.
+        """
+        values = np.full((len(weights), len(self._classes)), np.nan)
+        for c, found in enumerate(self._classes):
             objects = weights @ found.objects
-            total += self._of_class(found, weights, objects)
-            classes += objects > 0
-        mean = np.full(len(weights), np.nan)
-        np.divide(100 * total, classes, out=mean, where=classes > 0)
-        return mean
+            of_class = 100 * self._of_class(found, weights, objects)
+            values[:, c] = np.where(objects > 0, of_class, np.nan)
+        return values
 
     def _of_class(self, found: _Class, weights: np.ndarray, objects: np.ndarray) -> np.ndarray:
         """``(B,)``, from 0 to 1; 0 where there are no objects."""
@@ -121,6 +129,14 @@ class AveragePrecision:
         # Rounded, a recall may be above the fraction that it stands for.
         reached: np.ndarray = nearly + (self._recalls[nearly] <= true / objects)
         return reached
+
+
+def mean_of_classes(values: np.ndarray) -> np.ndarray:
+    """``(B,)`` of ``(B, C)``: of the classes with a value; NaN where none has one."""
+    known = np.isfinite(values)
+    mean = np.full(len(values), np.nan)
+    np.divide(np.nansum(values, 1), known.sum(1), out=mean, where=known.any(1))
+    return mean
 
 
 def _coco(

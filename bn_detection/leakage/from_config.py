@@ -20,7 +20,12 @@ from .rois import coco_objects
 
 
 def measure_own_detections(
-    cfg: CfgNode, model: nn.Module, *, modules: Sequence[str] = (), num_workers: int = 1
+    cfg: CfgNode,
+    model: nn.Module,
+    *,
+    modules: Sequence[str] = (),
+    num_workers: int = 1,
+    by_class: bool = False,
 ) -> DetectionReport:
     """The AP of a detector's own detections in ``DATASETS.TEST[0]``, by inference partition.
 
@@ -33,6 +38,7 @@ def measure_own_detections(
         model: any of Detectron2's that gives instances, of ``cfg``, its weights loaded.
         modules: globs over the names of the BN layers to change; by default ``BN.MODULES``.
         num_workers: of the training, as in :func:`bn_detection.leakage.measure_leakage`.
+        by_class: whether to report each class, too.
 
     Raises:
         ConfigError: no BN layer is in ``modules``, though the model has some; the model gives no
@@ -76,6 +82,7 @@ def measure_own_detections(
         images_per_worker=per_worker,
         resamples=cfg.BN.LEAKAGE.RESAMPLES,
         dataset=name,
+        by_class=by_class,
     )
 
 
@@ -103,7 +110,7 @@ def _truth(name: str, records: list[dict[str, Any]]) -> dict[str, Any]:
         if "annotations" in record
         for item in coco_objects(record["image_id"], record, masks)
     ]
-    classes = range(len(MetadataCatalog.get(name).thing_classes))
+    classes = MetadataCatalog.get(name).thing_classes
     return {
         "images": [
             {key: record[key] for key in ("height", "width") if key in record}
@@ -111,5 +118,5 @@ def _truth(name: str, records: list[dict[str, Any]]) -> dict[str, Any]:
             for record in records
         ],
         "annotations": [{**item, "id": number} for number, item in enumerate(objects, 1)],
-        "categories": [{"id": number, "name": str(number)} for number in classes],
+        "categories": [{"id": number, "name": name} for number, name in enumerate(classes)],
     }

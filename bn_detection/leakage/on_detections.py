@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from torch import Tensor, nn
 
-from ..estimate import Estimate, resample
+from ..estimate import resample
 from ..metrics import DETECTIONS, Metric
 from ..norm import (
     ImagePartition,
@@ -32,8 +32,10 @@ from ..norm import (
 )
 from ..notebook import preformatted
 from ..population import untouched
-from .average_precision import AveragePrecision
-from .report import Metrics, table_of
+from .average_precision import AveragePrecision, mean_of_classes
+from .by_class import ClassLeakage, by_class_table, leakages_by_class
+from .comparison import Metrics, compared, plain
+from .report import table_of
 
 Truth: TypeAlias = "str | PathLike[str] | Mapping[str, Any] | COCO"
 Detections = list[dict[str, Any]]
@@ -57,6 +59,7 @@ class DetectionReport:
         leakage: own images (of a worker, where that was measured) minus shuffled.
         inconsistency: own images minus population: what it loses at inference.
         staleness: shuffled minus population: the part of it that is no leak.
+        by_class: the same of each class that has objects, worst first, if that was measured.
     """
 
     on: ClassVar[str] = "detections"
@@ -73,15 +76,10 @@ class DetectionReport:
     leakage: Metrics
     inconsistency: Metrics
     staleness: Metrics
+    by_class: Sequence[ClassLeakage] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and numbers; null for what there is none of."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {key: plain(item) for key, item in value.items()}
-            return value.to_json() if isinstance(value, Estimate) else value
-
         return {"on": self.on} | {key: plain(value) for key, value in vars(self).items()}
 
     @property
@@ -107,7 +105,10 @@ class DetectionReport:
 
     def text(self) -> str:
         """For a terminal: what was measured, and the table."""
-        return f"{self.about}\n{self.table()}"
+        text = f"{self.about}\n{self.table()}"
+        if self.by_class:
+            text += f"\n\nLeakage by class:\n\n{by_class_table(self.by_class, self.metrics)}"
+        return text
 
     def _repr_html_(self) -> str:
         return preformatted(self.text())
@@ -139,6 +140,7 @@ def measure_detections(
     resamples: int = 1000,
     dataset: str = "",
     image_id: Callable[[Any], Any] | None = None,
+    by_class: bool = False,
 ) -> DetectionReport:
     """The AP of a detector's own detections, by what its inference normalizes with.
 
@@ -163,6 +165,7 @@ def measure_detections(
         dataset: its name, for the report.
         image_id: of an image of a batch, by default its ``["image_id"]``, or that of its target in
             a pair of image and target.
+        by_class: whether to report each class, too.
 
     Raises:
         ValueError: there is no batch, or no object in its images; an unknown partition; ids that
@@ -199,25 +202,21 @@ def measure_detections(
         raise ValueError(
             f"The probe on detections {dataset}: none of its {len(ids)} images has an object."
         )
-    weights = resample(len(windows), resamples)
-    weights = weights[:, np.repeat(np.arange(len(windows)), [len(window) for window in windows])]
-    of = {name: _values(coco, ids, results, weights) for name, results in found.items()}
-    shared = set.intersection(*(set(values) for values in of.values()))
-    values = {name: of.get(name, of[computed[0]]) for name in partitions}
-
-    def estimates(one: str, other: str | None = None) -> Metrics:
-        """Of a mode, or a difference of two; empty where one of them was not measured."""
-        if not {one, other} <= {*values, None}:
-            return {}
-        return {
-            metric: Estimate.of(
-                values[one][metric] - (values[other][metric] if other else 0), len(windows)
-            )
-            for metric in DETECTIONS
-            if metric in shared
-        }
-
-    own = _own(values)
+    window_of = {image: number for number, window in enumerate(windows) for image in window}
+    weights = resample(len(windows), resamples)[:, [window_of[image] for image in ids]]
+    of = {name: _by_class(coco, ids, results, weights) for name, results in found.items()}
+    shared = [metric for metric in DETECTIONS if all(metric in values for values in of.values())]
+    of_classes = {
+        name: {metric: of.get(name, of[computed[0]])[metric] for metric in shared}
+        for name in partitions
+    }
+    values = {
+        name: {metric: mean_of_classes(each) for metric, each in metrics.items()}
+        for name, metrics in of_classes.items()
+    }
+    own, numbers = _own(values), _numbers(coco)
+    names = [str(coco.cats[category].get("name", category)) for category in numbers]
+    places = [(window_of[item["image_id"]], numbers[item["category_id"]]) for item in objects]
     share = [min(images_per_worker / len(window), 1.0) for window in windows for _ in window]
     return DetectionReport(
         dataset=dataset,
@@ -227,10 +226,8 @@ def measure_detections(
         batch_norms=layers,
         windows=len(windows),
         own_share=100 * float(np.mean(share)),
-        modes={name: estimates(name) for name in values},
-        leakage=estimates(own, "shuffle"),
-        inconsistency=estimates(own, "population"),
-        staleness=estimates("shuffle", "population"),
+        **compared(values, own, "shuffle", len(windows)),
+        by_class=leakages_by_class(of_classes, own, "shuffle", names, places) if by_class else (),
     )
 
 
@@ -280,12 +277,17 @@ def _checked(results: Detections, images: Sequence[Any], coco: COCO) -> Detectio
     return results
 
 
-def _values(
+def _numbers(coco: COCO) -> dict[Any, int]:
+    """Of each category."""
+    return {category: number for number, category in enumerate(sorted(coco.cats))}
+
+
+def _by_class(
     coco: COCO, ids: Sequence[Any], results: Detections, weights: NDArray[np.int64]
 ) -> dict[str, NDArray[np.float64]]:
-    """AP of each resample, by metric."""
+    """AP of each resample and class, ``(B, C)``, by metric."""
     numbers = {image: number for number, image in enumerate(ids)}
-    classes = {category: number for number, category in enumerate(sorted(coco.cats))}
+    classes = _numbers(coco)
 
     def numbered(items: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         return [
@@ -304,6 +306,6 @@ def _values(
     if all("segmentation" in item for item in (*truth, *found)):
         of_metric["mask_ap"] = "segm"
     return {
-        metric: AveragePrecision(images, truth, found, len(classes), iou_type)(weights)
+        metric: AveragePrecision(images, truth, found, len(classes), iou_type).by_class(weights)
         for metric, iou_type in of_metric.items()
     }

@@ -36,7 +36,12 @@ _LEAST_WORKERS = 8
 
 
 def measure_leakage(
-    cfg: CfgNode, model: nn.Module, *, num_workers: int = 1, by_layer: bool = False
+    cfg: CfgNode,
+    model: nn.Module,
+    *,
+    num_workers: int = 1,
+    by_layer: bool = False,
+    by_class: bool = False,
 ) -> LeakageReport:
     """Evaluate a detector's second stage with four kinds of normalization batch.
 
@@ -52,6 +57,7 @@ def measure_leakage(
         num_workers: of the training, to tell the images of a worker from SOLVER.IMS_PER_BATCH,
             where neither BN.LEAKAGE.IMAGES_PER_WORKER nor BN.VIRTUAL_WORKERS does.
         by_layer: whether to measure the leakage through each layer, too.
+        by_class: whether to report each class, too.
 
     Raises:
         UnknownSecondStage: the model has none that is known here, or one whose outputs depend on
@@ -68,7 +74,8 @@ def measure_leakage(
             scores.add(window)
             layers.add(window)
     resamples = cfg.BN.LEAKAGE.RESAMPLES
-    return replace(scores.report(name, resamples), by_layer=layers.leakages(resamples))
+    report = scores.report(name, resamples, by_class=by_class)
+    return replace(report, by_layer=layers.leakages(resamples))
 
 
 def measure_layers(

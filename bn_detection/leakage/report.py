@@ -8,12 +8,11 @@ from typing import Any, ClassVar
 
 from tabulate import tabulate
 
-from ..estimate import Estimate
 from ..metrics import PROBE, Metric
+from .by_class import ClassLeakage, by_class_table
 from .by_layer import LayerLeakage, by_layer_table
+from .comparison import Metrics, plain
 from .limits import LimitComparison
-
-Metrics = dict[str, Estimate]
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class LeakageReport:
             object; None elsewhere, and where no RoI sees one object alone.
         left_out: by name, why a head that has BN was not measured.
         by_layer: what leaks through each layer, if that was measured.
+        by_class: the same of each class that has objects, worst first, if that was measured.
     """
 
     on: ClassVar[str] = "rois"
@@ -62,17 +62,10 @@ class LeakageReport:
     limit: LimitComparison | None
     left_out: dict[str, str]
     by_layer: Sequence[LayerLeakage] = ()
+    by_class: Sequence[ClassLeakage] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and numbers; null for what there is none of."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {key: plain(item) for key, item in value.items()}
-            if isinstance(value, list | tuple):
-                return [plain(item) for item in value]
-            return value.to_json() if hasattr(value, "to_json") else value
-
         return {"on": self.on} | {key: plain(value) for key, value in vars(self).items()}
 
     def text(self) -> str:
@@ -112,6 +105,8 @@ class LeakageReport:
             )
         if self.by_layer:
             text += f"\n\nLeakage by layer:\n\n{by_layer_table(self.by_layer)}"
+        if self.by_class:
+            text += f"\n\nLeakage by class:\n\n{by_class_table(self.by_class, self.metrics)}"
         return text
 
     def table(self, style: str = "simple") -> str:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.structures import Instances
 from torch import nn
 
 from ..config import ConfigError
 from ..data import LeakyShapesConfig
-from ..estimate import Estimate, Ratio, resample
-from .average_precision import AveragePrecision
+from ..estimate import Ratio, resample
+from .average_precision import AveragePrecision, mean_of_classes
 from .batches import MODES, own_shares
+from .by_class import ClassLeakage, leakages_by_class
+from .by_layer import FOREIGN, OWN
+from .comparison import Values, compared
 from .detections import box_detections, mask_detections
 from .limits import LimitComparison, compare_with_limit, leaky_shapes_config
-from .report import LeakageReport, Metrics
+from .report import LeakageReport
 from .rois import coco_objects, receptive_margin, sees_one_object
 from .second_stage import MASK, Outputs, SecondStage
-from .window import Metric, Sums, Window
+from .window import Sums, Window
+
+_ByMetric = dict[str, np.ndarray]
 
 
 class _Mode:
@@ -29,6 +34,7 @@ class _Mode:
 
     def __init__(self) -> None:
         self.sums = Sums()
+        self.by_class: list[list[np.ndarray]] = []
         self.boxes: list[dict[str, Any]] = []
         self.masks: list[dict[str, Any]] = []
         self.batch_sizes: list[int] = []
@@ -88,6 +94,7 @@ class Scores:
             divisions = dict.fromkeys(self._stage.all_layers, mode)
             outputs = window.run(divisions)
             kept.sums.put(window.scores(outputs))
+            kept.by_class.append(window.correct_by_class(outputs))
             self._detect(window, self._images[first:], outputs, kept)
             first_part = self._stage.boxes[0]
             batches, counts = window.batches(first_part, mode)
@@ -121,24 +128,17 @@ class Scores:
             ):
                 kept.masks += mask_detections(image, rois, instances, rows, of_image)
 
-    def report(self, dataset: str, resamples: int) -> LeakageReport:
+    def report(self, dataset: str, resamples: int, *, by_class: bool) -> LeakageReport:
         if len(self._images) < 2 * self._per_worker:
             raise ConfigError(
                 f'DATASETS.TEST "{dataset}": {len(self._images)} images could be used; with '
                 f"{self._per_worker} images a worker the probe needs {2 * self._per_worker}."
             )
         weights = resample(self._windows, resamples)[:, self._window_of]
-        computed = {
-            mode: {name: metric(weights) for name, metric in self._metrics(kept).items()}
-            for mode, kept in self._of.items()
-        }
-        values = {mode: computed[source] for mode, source in self._modes.items()}
-        estimate = partial(Estimate.of, units=self._windows)
-
-        def difference(one: str, other: str) -> Metrics:
-            first, second = values[one], values[other]
-            return {name: estimate(first[name] - second[name]) for name in first}
-
+        computed = {mode: self._values(kept, weights) for mode, kept in self._of.items()}
+        values, of_classes = (
+            {mode: computed[source][k] for mode, source in self._modes.items()} for k in (0, 1)
+        )
         rois, foreground = np.array(self._counts).sum(0).tolist()
         return LeakageReport(
             dataset=dataset,
@@ -156,16 +156,21 @@ class Scores:
                 for mode, source in self._modes.items()
             },
             windows=self._windows,
-            modes={
-                mode: {name: estimate(of) for name, of in metrics.items()}
-                for mode, metrics in values.items()
-            },
-            leakage=difference("own_worker", "shuffled"),
-            inconsistency=difference("own_worker", "population"),
-            staleness=difference("shuffled", "population"),
+            **compared(values, OWN, FOREIGN, self._windows),
             limit=self._limit(weights),
             left_out=self._stage.left_out,
+            by_class=self._by_class(dataset, of_classes) if by_class else (),
         )
+
+    def _by_class(self, dataset: str, values: Values) -> list[ClassLeakage]:
+        names = MetadataCatalog.get(dataset).get("thing_classes")
+        objects = (
+            (self._window_of[item["image_id"]], item["category_id"])
+            for item in self._objects
+            if not item["iscrowd"]
+        )
+        every = names or list(map(str, range(self._stage.num_classes)))
+        return leakages_by_class(values, OWN, FOREIGN, every, objects)
 
     def _limit(self, weights: np.ndarray) -> LimitComparison | None:
         rois = sum(self._alone)
@@ -175,14 +180,22 @@ class Scores:
         accuracy = Ratio(100 * np.array(own.alone_correct), np.array(self._alone))(weights)
         return compare_with_limit(self._dials, accuracy, rois, self._windows)
 
-    def _metrics(self, kept: _Mode) -> dict[str, Metric]:
-        def ap(detections: list[dict[str, Any]], iou_type: str) -> Metric:
+    def _values(self, kept: _Mode, weights: np.ndarray) -> tuple[_ByMetric, _ByMetric]:
+        """Of all classes, ``(B,)``, and of each, ``(B, C)``."""
+
+        def ap(detections: list[dict[str, Any]], iou_type: str) -> np.ndarray:
             return AveragePrecision(
                 self._images, self._objects, detections, self._stage.num_classes, iou_type
-            )
+            ).by_class(weights)
 
-        known = kept.sums.metrics() | {"box_ap": ap(kept.boxes, "bbox")}
+        of_classes = {"box_ap": ap(kept.boxes, "bbox")}
         if MASK in self._stage.layers:
-            known["mask_ap"] = ap(kept.masks, "segm")
+            of_classes["mask_ap"] = ap(kept.masks, "segm")
+        known = {name: metric(weights) for name, metric in kept.sums.metrics().items()}
+        known |= {name: mean_of_classes(of) for name, of in of_classes.items()}
         first = ("accuracy", "loss", "box_ap")
-        return {name: known[name] for name in dict.fromkeys((*first, *known))}
+        correct, rois = (np.concatenate(of) for of in zip(*kept.by_class, strict=True))
+        return (
+            {name: known[name] for name in dict.fromkeys((*first, *known))},
+            {"accuracy": Ratio(100 * correct, rois)(weights), **of_classes},
+        )

@@ -157,6 +157,25 @@ class Window:
         logits = outputs[0][:, :-1] if self._has_sigmoids(part) else outputs[0]
         return (logits.argmax(1) == classes) & foreground
 
+    def correct_by_class(self, outputs: Mapping[str, Outputs]) -> list[NDArray[np.int64]]:
+        """Foreground RoIs of each image and class, of all stages: those given it, and all.
+
+        Args:
+            outputs: of :meth:`run`.
+
+        Returns:
+            Two ``(I, C)``.
+        """
+        shape = len(self.images), self._stage.num_classes
+        correct, every = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        for part in self._stage.boxes:
+            classes, foreground = self._classes(part)
+            images = np.repeat(np.arange(len(self.images)), self._counts[part])
+            for counts, rows in (correct, self.correct(part, outputs[part])), (every, foreground):
+                of_rows = rows.cpu().numpy()
+                np.add.at(counts, (images[of_rows], classes.cpu().numpy()[of_rows]), 1)
+        return [correct, every]
+
     def by_image(self, part: str, values: Tensor) -> list[float]:
         """The sum of values of RoIs, for each image."""
         return [of_image.sum().item() for of_image in torch.split(values, self._counts[part])]
