@@ -1,4 +1,4 @@
-"""Diagnose the BN layers of a detector: what hurts it, by how much, and what mends it.
+"""Diagnose the BN layers of a detector: what hurts it, by how much, and what fixes it.
 
 The exit status is 0 without findings, 1 with findings (--fail-on), and 2 after any error.
 """

@@ -119,7 +119,7 @@ class COCOEvaluator(StockCOCOEvaluator):
         readable = [
             image["id"]
             for image in self._coco_api.loadImgs(all_ids)
-            # An image noted in an earlier run may have been mended since.
+            # An image noted in an earlier run may have been repaired since.
             if image["id"] in predicted
             or original_path(os.path.join(root, image["file_name"])) not in unreadable
         ]

@@ -91,7 +91,7 @@ def _does_not_import(found: dict[str, Any]) -> str:
         requirements = " ".join(f"'{r}'" for r in missing)
         return f"{problem}It lacks: {sys.executable} -m pip install {requirements}"
     return (
-        f"{problem}An installed detectron2 is never replaced: mend it, or remove it "
+        f"{problem}An installed detectron2 is never replaced: fix it, or remove it "
         f"({sys.executable} -m pip uninstall detectron2) and run this again."
     )
 

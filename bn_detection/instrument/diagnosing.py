@@ -33,7 +33,7 @@ def diagnose(
     num_images: int = 256,
     thresholds: Sequence[tuple[str, float]] = (),
 ) -> Diagnosis:
-    """Diagnose the BN layers of a detector: what hurts it, by how much, and what mends it.
+    """Diagnose the BN layers of a detector: what hurts it, by how much, and what fixes it.
 
     The model is afterwards as it was. A model in eval mode is taken to be trained with all its
     layers in train mode; one in train mode as it is.

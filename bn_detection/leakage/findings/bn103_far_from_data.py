@@ -25,7 +25,7 @@ _BOX = ("roi_heads.box_head.", "roi_heads.box_predictor.")
 )
 def far_from_data(examined: Examined, rule: Rule) -> Found:
     cfg = examined.cfg
-    # Precise statistics do not mend one population for levels that are normalized apart.
+    # Precise statistics do not fix one population for levels that are normalized apart.
     levels = configured_rules(cfg)["BN202"]
     far = [
         layer

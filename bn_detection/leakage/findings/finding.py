@@ -57,12 +57,12 @@ class Finding:
         title: what it is, in a sentence or a few.
         layers: names of the layers concerned.
         evidence: what it rests on.
-        fix: the keys of a config that mend it in the next training; empty for a note.
+        fix: the keys of a config that fix it in the next training; empty for a note.
         advice: what the fix does.
         cost: points of box AP (on the sampler's RoIs) that it is likely to cost; None if that was
             not measured.
         symptom: what users see, in their words; "" where that is the title.
-        in_python: whether the model has no config, so that what mends it is Python.
+        in_python: whether the model has no config, so that what fixes it is Python.
     """
 
     id: str

@@ -1,4 +1,4 @@
-"""The configuration that mends a finding, or several together."""
+"""The configuration that fixes a finding, or several together."""
 
 from __future__ import annotations
 
