@@ -12,11 +12,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.bn_detection
 DEMO_DIR ?= output/demo
-# One more than the cores that it is meant for: tests wait for processes a good deal.
+# One more than the cores that it is meant for: tests wait for processes.
 TEST_JOBS ?= 3
-# A file of tests is run by one process, so that what its tests share is made once. In the order of
-# tests/conftest.py: by the number of their tests, the files that take longest would be last.
-XDIST = -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
+# A file of tests is run by one process, so that what its tests share is made once.
+XDIST = -n $(TEST_JOBS) --dist loadfile
 
 # A checkout of Detectron2 to use in place of the installed one.
 ifdef DETECTRON2_SRC

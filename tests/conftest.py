@@ -16,19 +16,6 @@ if not torch.cuda.is_available():
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-#: The files that take longest, by which the others are overtaken.
-LONGEST = (
-    *("launch", "train_net", "resume", "wheel", "gpu_benchmark", "study", "model_zoo", "examples"),
-    *("preemption", "detectors", "study_execution", "corruptions", "population_benchmark"),
-    *("diagnose", "detector", "convert", "collectives", "population_hook", "instrument"),
-)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest, or the last of them would run alone."""
-    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
-
 
 @pytest.fixture
 def own_catalogs() -> Iterator[None]:
