@@ -216,6 +216,9 @@ def test_a_wrong_number_of_classes_is_named(shapes, tmp_path):
     wrong.MODEL.META_ARCHITECTURE = "RetinaNet"
     with pytest.raises(ConfigError, match=r"MODEL.RETINANET.NUM_CLASSES is 80"):
         check_num_classes(wrong, "a")
+    wrong.BN.LAZY_CONFIG = ["config.py"]
+    with pytest.raises(ConfigError, match=r"Give model\.num_classes=4\.$"):
+        check_num_classes(wrong, "a")
     wrong.MODEL.META_ARCHITECTURE = "ProposalNetwork"
     check_datasets(wrong, ["a"])
 

@@ -36,6 +36,10 @@ _NUM_CLASSES_KEYS = {
     "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
     "BNRetinaNet": "MODEL.RETINANET.NUM_CLASSES",
 }
+_NUM_CLASSES_IN_LAZY_CONFIGS = {
+    "MODEL.ROI_HEADS.NUM_CLASSES": "model.roi_heads.num_classes",
+    "MODEL.RETINANET.NUM_CLASSES": "model.num_classes",
+}
 
 _PACKAGES = {
     "coco_panoptic_seg": (
@@ -389,8 +393,11 @@ def check_num_classes(cfg: CfgNode, name: str, num_classes_key: str | None = Non
     for part in key.split("."):
         num_classes = num_classes[part]
     if len(classes) != num_classes:
+        number = len(classes)
+        of_file = cfg.BN.LAZY_CONFIG and _NUM_CLASSES_IN_LAZY_CONFIGS.get(key)
+        advice = f"Give {of_file}={number}" if of_file else f"Set {key} {number}"
         shown = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
         raise ConfigError(
-            f'{key} is {num_classes}, and the dataset "{name}" has {len(classes)} classes '
-            f"({shown}). Set {key} {len(classes)}."
+            f'{key} is {num_classes}, and the dataset "{name}" has {number} classes ({shown}). '
+            f"{advice}."
         )

@@ -136,9 +136,11 @@ def _diagnose(args: argparse.Namespace) -> tuple[Diagnosis, dict[str, Rule]]:
     trained = workers_of_training(args.workers, cfg.MODEL.WEIGHTS)
     workers = cfg.BN.VIRTUAL_WORKERS or trained.number
     per_worker = images_per_worker(cfg, trained.number)
+    source = "BN.VIRTUAL_WORKERS" if cfg.BN.VIRTUAL_WORKERS else trained.source
+    otherwise = "; --num-gpus says otherwise" if args.workers is None else ""
     logger.info(
-        "Workers of the training: %d (%s; --num-gpus says otherwise), images a worker: %d.",
-        *(workers, "BN.VIRTUAL_WORKERS" if cfg.BN.VIRTUAL_WORKERS else trained.source, per_worker),
+        "Workers of the training: %d (%s%s), images a worker: %d.",
+        *(workers, source, otherwise, per_worker),
     )
     left_out: list[str] = []
     model, batch_size, measured = _build_model(cfg, workers, per_worker)
