@@ -208,6 +208,13 @@ def test_many_rows_and_parts_of_maps_are_shared_out(monkeypatch: pytest.MonkeyPa
     check_passes(implementation("triton"), *tensors((9, 3, 5, 7), torch.float32), Groups(ids, 4))
 
 
+@has_triton
+def test_a_row_beyond_32_bits_is_refused() -> None:
+    x = torch.zeros(1, device=DEVICE).expand(1, 2**16, 2**15, 1)
+    with pytest.raises(ValueError, match=r"BN\.KERNELS triton .* 2147483648; torch takes any\.$"):
+        choose_kernels("triton", x.device).moments(x, GROUPS["one"])
+
+
 PARTITIONS = ("worker", "shuffle", "ghost", "image", "renorm")
 
 
