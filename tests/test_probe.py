@@ -189,10 +189,12 @@ def test_stock_heads_with_the_same_weights_give_the_same_report(data: Path) -> N
         stock.load_state_dict(ours.state_dict())
         assert not any(isinstance(layer, PartitionedBatchNorm2d) for layer in stock.modules())
         assert_close(measure_leakage(cfg, stock).to_json(), expected)
-    cfg = config(data, "BN.INFERENCE", "batch", norm="shuffle")
-    converted = build(cfg)
-    converted.load_state_dict(ours.state_dict())
-    assert_close(measure_leakage(cfg, converted).to_json(), expected)
+    for partition in ("forward", "image"):
+        options = ("BN.INFERENCE", "batch", "BN.INFERENCE_PARTITION", partition)
+        cfg = config(data, *options, norm="shuffle")
+        converted = build(cfg)
+        converted.load_state_dict(ours.state_dict())
+        assert_close(measure_leakage(cfg, converted).to_json(), expected)
 
 
 def assert_close(found: Any, expected: Any) -> None:
