@@ -23,6 +23,7 @@ NAMES = (
     "inference",
     "leakage",
     "levels",
+    "levels_depth",
     "momentum",
     "population",
     "renorm",
