@@ -37,6 +37,7 @@ from bn_detection.leakage.findings import (
     conclude,
 )
 from bn_detection.leakage.layers import LayerReport, inspect_layers
+from bn_detection.leakage.trial import Trial
 from bn_detection.population import apply_statistics, collect_statistics
 
 CONFIG = QUICKSTART / "mask_rcnn_bn.yaml"
@@ -307,20 +308,25 @@ def test_small_things_are_no_findings() -> None:
         assert conclude(examined(**changes))[0] == [], changes
 
 
+def tried(gain: Estimate) -> Trial:
+    return Trial(50, Estimate(30.0), Estimate(30 + gain.value), gain)
+
+
 def test_the_worst_comes_first() -> None:
     found, _ = conclude(
         examined(
             probe=probe(5, 20),
             layers=[layer(ema_to_precise=estimate(0.6)), layer(BACKBONE, is_initial=True)],
+            trials={"BN103": tried(estimate(15))},
         )
     )
     assert [finding.cost and round(finding.cost.value) for finding in found] == [20, 15, None]
 
 
 def test_worse_is_what_costs_more_for_certain() -> None:
-    measured = probe(5, 20) | {"staleness": {"box_ap": Estimate(25, 1, 49).to_json()}}
+    trials = {"BN103": tried(Estimate(25, 1, 49))}
     layers = [layer(ema_to_precise=estimate(0.6))]
-    found, _ = conclude(examined(probe=measured, layers=layers))
+    found, _ = conclude(examined(probe=probe(5, 20), layers=layers, trials=trials))
     assert [(item.id, item.cost.value) for item in found] == [("BN201", 20), ("BN103", 25)]
 
 
@@ -387,11 +393,41 @@ def test_one_batch_gives_a_note_and_no_finding_by_distance(batches: list[list[Te
     assert "(frozen, once, shared)" in note
 
 
-def test_no_cost_of_layers_that_the_probe_does_not_see() -> None:
-    for name, cost in (("box_predictor.norm", 25), ("mask_head.mask_fcn1.norm", None)):
-        far = layer(f"roi_heads.{name}", ema_to_precise=estimate(0.6))
-        (found,), _ = conclude(examined(probe=probe(0, 25), layers=[layer(), far]))
-        assert (found.cost and round(found.cost.value)) == cost
+STATISTICS = {
+    "BN103": layer(ema_to_precise=estimate(0.6)),
+    "BN202": layer(level_batches=True, levels_apart=estimate(1.0)),
+    "BN302": layer(BACKBONE, trains=False, ema_to_precise=estimate(2.0)),
+}
+
+
+@pytest.mark.parametrize("rule", STATISTICS)
+@pytest.mark.parametrize(
+    ("gain", "severity", "cost"),
+    [
+        (None, "finding", None),
+        (Estimate(8, 5, 11), "finding", 8),
+        # Not told from nothing: frozen statistics are those of the training.
+        (Estimate(2, -1, 5), {"BN302": "note"}, None),
+        (Estimate(-1.9, -3, -0.8), "note", None),
+        (Estimate(0.2, -0.3, 0.7), "note", None),
+        (Estimate(3), {"BN302": "note"}, None),
+    ],
+)
+def test_statistics_far_from_the_data_are_a_finding_if_their_cure_gains(
+    rule: str, gain: Estimate | None, severity: Any, cost: float | None
+) -> None:
+    """BCCD's frozen backbone: 32 layers up to 3.7 standard deviations off, and nothing lost."""
+    trials = {} if gain is None else {rule: tried(gain)}
+    found, notes = conclude(examined(layers=[STATISTICS[rule]], trials=trials))
+    if isinstance(severity, dict):
+        severity = severity.get(rule, "finding")
+    items = found if severity == "finding" else notes
+    (item,) = [x for x in items if x.id == rule]
+    assert len(found) == (severity == "finding")
+    assert (item.cost and item.cost.value) == cost
+    if gain is not None:
+        said = " ".join([item.title, *(x.text for x in item.evidence)])
+        assert f"{gain.value:+.1f}" in said
 
 
 UNUSED = {

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ from .rehearsal import rehearse
 from .setup import begin, installed_versions, load_config, register_datasets
 from .trained import workers_of_training
 from .trainer import Trainer
+from .trials import Source, run_trials
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +150,8 @@ def _diagnose(args: argparse.Namespace) -> tuple[Diagnosis, dict[str, Rule]]:
         cfg, StrictCheckpointer(model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
     )
     rois = _rois(cfg, left_out)
-    batches = _Batches(measured, rois, batch_size, _num_images(args, _IMAGES))
+    make_batches = partial(_Batches, measured, rois, batch_size, _num_images(args, _IMAGES))
+    batches = make_batches()
     layers = _inspect(model, batches, rois)
     alone = [x.name for x in layers if x.joins_workers]
     if alone and batch_size > per_worker:
@@ -166,6 +169,10 @@ def _diagnose(args: argparse.Namespace) -> tuple[Diagnosis, dict[str, Rule]]:
         of_this_project or any(layer.is_ours for layer in layers),
         sorted(_keys(cfg) - _keys(load_config(argparse.Namespace(config_file="", opts=[])))),
     )
+    if layers:
+        source = Source(make_batches, batches.number, batches.images, rois)
+        trials = run_trials(_probed(measured, args), model, examined, source, left_out)
+        examined = replace(examined, trials=trials)
     findings, notes = conclude(examined)
     settings: dict[str, Any] = {
         "config": args.config_file,
@@ -304,6 +311,16 @@ def _inspect(model: nn.Module, batches: _Batches, rois: str) -> list[LayerReport
         raise ConfigError(f"MODEL.WEIGHTS: {error}") from error
 
 
+def _probed(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
+    """The config with the number of images to probe."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    if args.quick or args.images:
+        least = _LEAST_PROBED_WORKERS * cfg.BN.LEAKAGE.IMAGES_PER_WORKER
+        cfg.BN.LEAKAGE.NUM_IMAGES = max(_num_images(args, _IMAGES), least)
+    return cfg
+
+
 def _probe(
     cfg: CfgNode,
     model: nn.Module,
@@ -311,11 +328,7 @@ def _probe(
     layers: list[LayerReport],
     left_out: list[str],
 ) -> LeakageReport | DetectionReport | None:
-    cfg = cfg.clone()
-    cfg.defrost()
-    if args.quick or args.images:
-        least = _LEAST_PROBED_WORKERS * cfg.BN.LEAKAGE.IMAGES_PER_WORKER
-        cfg.BN.LEAKAGE.NUM_IMAGES = max(_num_images(args, _IMAGES), least)
+    cfg = _probed(cfg, args)
     try:
         if not cfg.MODEL.WEIGHTS:
             raise ConfigError('MODEL.WEIGHTS is "": the accuracy of random weights says nothing.')

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +13,22 @@ from detectron2.config import get_cfg
 from torch import nn
 
 from ..config import add_bn_detection_config
-from ..detectors import detector_of
+from ..detectors import Detector, Sample, detector_of
 from ..heads import HEADS, norm_layers
 from ..leakage.diagnosis import Diagnosis
-from ..leakage.findings import Examined, conclude
+from ..leakage.findings import Examined, conclude, configured_rules, frozen_far, stale
 from ..leakage.layers import batch_norms, inspect_layers, spans_workers
-from ..population import ROIS, collect, untouched
-from .images import Data, Images
+from ..leakage.trial import Trial, having, measure_trial
+from ..population import (
+    ROIS,
+    PopulationStatistics,
+    collect_statistics,
+    mix_statistics,
+    mixing_weight,
+    quiet_collection,
+    untouched,
+)
+from .images import Data, Images, detections
 from .measuring import default, measure
 
 
@@ -75,7 +83,7 @@ def diagnose(
                 raise ValueError(
                     f"{images.name}: {len(images)} images are no two batches of {size}."
                 )
-            with _without_warnings():  # the distances have intervals
+            with quiet_collection():  # the distances have intervals
                 layers = inspect_layers(
                     model,
                     images.batches(size),
@@ -104,6 +112,8 @@ def diagnose(
         workers,
         False,
     )
+    if probe is not None:
+        examined = replace(examined, trials=_try(examined, detector, images, size))
     findings, notes = conclude(examined)
     settings |= {
         "seconds": round(time.monotonic() - start),
@@ -113,12 +123,47 @@ def diagnose(
     return Diagnosis(settings, layers, probe, of_python, notes, left_out)
 
 
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    estimates = logging.getLogger(collect.__name__)
-    before = estimates.level
-    estimates.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        estimates.setLevel(before)
+def _try(examined: Examined, detector: Detector, images: Images, size: int) -> dict[str, Trial]:
+    """What statistics of the images give to layers whose own are far from them."""
+    model, rules = detector.model, configured_rules(examined.cfg)
+    weight = mixing_weight(len(images))
+    cures = {
+        "BN103": (stale(examined, rules["BN103"]), None),
+        "BN302": (frozen_far(examined, rules["BN302"]), weight),
+    }
+    found = {}
+    for name, (layers, mixing) in cures.items():
+        if not layers:
+            continue
+        with untouched(model), quiet_collection():
+            if not model.training:
+                model.train()
+            statistics = collect_statistics(
+                model,
+                images.batches(size),
+                len(images) // size,
+                modules=[layer.name for layer in layers],
+                mixing=mixing,
+                forward=lambda _, batch: detector.forward(batch),
+            )
+        if mixing is not None:
+            statistics = mix_statistics(model, statistics, mixing)
+        found[name] = _compare(detector, images, size, statistics)
+    return found
+
+
+def _compare(
+    detector: Detector,
+    images: Images,
+    size: int,
+    statistics: Mapping[str, PopulationStatistics],
+) -> Trial:
+    before = partial(detections, detector, masks=False)
+
+    def after(batch: Sequence[Sample]) -> list[dict[str, Any]]:
+        with having(detector.model, statistics):
+            return before(batch)
+
+    with untouched(detector.model):
+        detector.model.eval()
+        return measure_trial(images.batches(size), before, after, images.truth())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -54,29 +55,12 @@ def measure_own_detections(
             f"BN.MODULES {list(modules)}: none of the {len(layers)} BN layers of the model, such "
             f"as {layers[0]}, is in them, so there is no batch to change."
         )
-    records = _labelled(cfg, name, per_worker)
-    mapper = SkipUnreadable(DatasetMapper(cfg, False), cfg.OUTPUT_DIR, dataset=name)
-    loader = build_detection_test_loader(
-        records, mapper=mapper, sampler=range(len(records)), num_workers=cfg.DATALOADER.NUM_WORKERS
-    )
-    images = chain.from_iterable(ReadableLoader(loader, name))
-
-    def detect(batch: list[dict[str, Any]]) -> Detections:
-        found: Detections = []
-        for image, output in zip(batch, model(batch), strict=True):
-            if "instances" not in output:
-                raise ConfigError(
-                    f"The probe on detections: a {type(model).__name__} gives no instances, but "
-                    f"{', '.join(output)}."
-                )
-            found += instances_to_coco_json(output["instances"].to("cpu"), image["image_id"])
-        return found
-
+    batches, truth = own_images(cfg, per_worker)
     return measure_detections(
         model,
-        windows(images, len(records), per_worker, cfg.BN.LEAKAGE.SHUFFLED_IMAGES),
-        detect,
-        _truth(name, records),
+        batches,
+        partial(detect, model),
+        truth,
         ("image" if per_worker == 1 else "worker", "shuffle", "population"),
         modules=modules,
         images_per_worker=per_worker,
@@ -84,6 +68,49 @@ def measure_own_detections(
         dataset=name,
         by_class=by_class,
     )
+
+
+def own_images(
+    cfg: CfgNode, per_worker: int
+) -> tuple[Iterator[list[dict[str, Any]]], dict[str, Any]]:
+    """Windows of the images of ``DATASETS.TEST[0]``, as inference reads them, and their objects.
+
+    Args:
+        cfg: as in :func:`measure_own_detections`.
+        per_worker: images of a worker; windows have whole workers.
+
+    Returns:
+        Inputs of a model, and COCO's annotations.
+
+    Raises:
+        ConfigError: a dataset without labels or with too few images.
+    """
+    name = cfg.DATASETS.TEST[0]
+    records = _labelled(cfg, name, per_worker)
+    mapper = SkipUnreadable(DatasetMapper(cfg, False), cfg.OUTPUT_DIR, dataset=name)
+    loader = build_detection_test_loader(
+        records, mapper=mapper, sampler=range(len(records)), num_workers=cfg.DATALOADER.NUM_WORKERS
+    )
+    images = chain.from_iterable(ReadableLoader(loader, name))
+    together = windows(images, len(records), per_worker, cfg.BN.LEAKAGE.SHUFFLED_IMAGES)
+    return together, _truth(name, records)
+
+
+def detect(model: nn.Module, batch: list[dict[str, Any]]) -> Detections:
+    """What a model of Detectron2's, in eval mode, finds in images.
+
+    Raises:
+        ConfigError: the model gives no instances.
+    """
+    found: Detections = []
+    for image, output in zip(batch, model(batch), strict=True):
+        if "instances" not in output:
+            raise ConfigError(
+                f"The probe on detections: a {type(model).__name__} gives no instances, but "
+                f"{', '.join(output)}."
+            )
+        found += instances_to_coco_json(output["instances"].to("cpu"), image["image_id"])
+    return found
 
 
 def _labelled(cfg: CfgNode, name: str, per_worker: int) -> list[dict[str, Any]]:

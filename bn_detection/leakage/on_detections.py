@@ -172,8 +172,8 @@ def measure_detections(
             ``truth`` does not have; rows of which nothing says the images
             (:func:`bn_detection.norm.set_rows_per_image`).
     """
-    coco = _load(truth)
-    image_id = image_id or _image_id
+    coco = load_truth(truth)
+    image_id = image_id or image_id_of
     layers = [
         name
         for name, module in model.named_modules()
@@ -189,22 +189,12 @@ def measure_detections(
             windows.append([image_id(image) for image in batch])
             for name in computed:
                 _normalize_by(model, modules, name, images_per_worker, seed)
-                found[name] += _checked(detect(batch), windows[-1], coco)
+                found[name] += checked(detect(batch), windows[-1], coco)
     ids = [image for window in windows for image in window]
-    unknown = [image for image in ids if image not in coco.imgs]
-    if unknown or not ids:
-        which = f"has no image {unknown[0]!r}, which a batch has" if unknown else "has no batch"
-        raise ValueError(f"The probe on detections {dataset}: the ground truth {which}.")
-    objects = [
-        item for image in ids for item in coco.imgToAnns[image] if not item.get("iscrowd", 0)
-    ]
-    if not objects:
-        raise ValueError(
-            f"The probe on detections {dataset}: none of its {len(ids)} images has an object."
-        )
+    objects = objects_of(coco, ids, dataset)
     window_of = {image: number for number, window in enumerate(windows) for image in window}
     weights = resample(len(windows), resamples)[:, [window_of[image] for image in ids]]
-    of = {name: _by_class(coco, ids, results, weights) for name, results in found.items()}
+    of = {name: ap_by_class(coco, ids, results, weights) for name, results in found.items()}
     shared = [metric for metric in DETECTIONS if all(metric in values for values in of.values())]
     of_classes = {
         name: {metric: of.get(name, of[computed[0]])[metric] for metric in shared}
@@ -248,7 +238,28 @@ def _normalize_by(
     set_inference(model, "batch", modules, partition=of_workers.get(name, name), seed=seed)
 
 
-def _load(truth: Truth) -> COCO:
+def objects_of(coco: COCO, ids: Sequence[Any], dataset: str) -> list[dict[str, Any]]:
+    """The objects that there are to find in some images.
+
+    Raises:
+        ValueError: there is no image, or no object in them; ids that the ground truth lacks.
+    """
+    unknown = [image for image in ids if image not in coco.imgs]
+    if unknown or not ids:
+        which = f"has no image {unknown[0]!r}, which a batch has" if unknown else "has no batch"
+        raise ValueError(f"The probe on detections {dataset}: the ground truth {which}.")
+    objects = [
+        item for image in ids for item in coco.imgToAnns[image] if not item.get("iscrowd", 0)
+    ]
+    if not objects:
+        raise ValueError(
+            f"The probe on detections {dataset}: none of its {len(ids)} images has an object."
+        )
+    return objects
+
+
+def load_truth(truth: Truth) -> COCO:
+    """COCO's annotations of a file, of its content, or as they are."""
     if isinstance(truth, COCO):
         return truth
     with contextlib.redirect_stdout(io.StringIO()):
@@ -260,13 +271,19 @@ def _load(truth: Truth) -> COCO:
         return COCO(str(truth))
 
 
-def _image_id(image: Any) -> Any:
+def image_id_of(image: Any) -> Any:
+    """Of an image of a batch: its ``["image_id"]``, or that of its target in a pair."""
     known = image if isinstance(image, Mapping) else image[1]
     number = known["image_id"]
     return number.item() if isinstance(number, Tensor) else number
 
 
-def _checked(results: Detections, images: Sequence[Any], coco: COCO) -> Detections:
+def checked(results: Detections, images: Sequence[Any], coco: COCO) -> Detections:
+    """Detections in these images.
+
+    Raises:
+        ValueError: an unknown image or category.
+    """
     for key, known in (("image_id", images), ("category_id", coco.cats)):
         for result in results:
             if result[key] not in known:
@@ -282,7 +299,7 @@ def _numbers(coco: COCO) -> dict[Any, int]:
     return {category: number for number, category in enumerate(sorted(coco.cats))}
 
 
-def _by_class(
+def ap_by_class(
     coco: COCO, ids: Sequence[Any], results: Detections, weights: NDArray[np.int64]
 ) -> dict[str, NDArray[np.float64]]:
     """AP of each resample and class, ``(B, C)``, by metric."""

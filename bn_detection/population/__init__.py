@@ -2,7 +2,14 @@
 
 from .average import AverageStatistics, average_running_statistics
 from .change import StatisticsChange, change_between, statistics_change
-from .collect import ROIS, Forward, apply_statistics, call, collect_statistics
+from .collect import (
+    ROIS,
+    Forward,
+    apply_statistics,
+    call,
+    collect_statistics,
+    quiet_collection,
+)
 from .estimators import (
     ESTIMATORS,
     Estimator,
@@ -51,6 +58,7 @@ __all__ = [
     "frozen_batch_norms",
     "mix_statistics",
     "mixing_weight",
+    "quiet_collection",
     "read_trace",
     "record_change",
     "register_estimator",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -144,6 +145,17 @@ def collect_statistics(
             )
     _report(results, sum(used.images), tolerance)
     return results
+
+
+@contextmanager
+def quiet_collection() -> Iterator[None]:
+    """Let :func:`collect_statistics` say nothing of each layer, nor warn of few samples."""
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @torch.no_grad()

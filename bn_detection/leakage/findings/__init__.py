@@ -7,6 +7,9 @@ After cleanlab's issue managers (a registry of what can be wrong with data) and 
 import importlib
 import pkgutil
 
+from .bn103_far_from_data import stale
+from .bn202_levels_apart import apart_in_training
+from .bn302_frozen_of_other_data import frozen_far
 from .finding import Evidence, Examined, Finding, as_yaml
 from .fixes import combined
 from .globs import fewest_globs
@@ -21,10 +24,13 @@ __all__ = [
     "Examined",
     "Finding",
     "Rule",
+    "apart_in_training",
     "as_yaml",
     "combined",
     "conclude",
     "configured_rules",
     "fewest_globs",
+    "frozen_far",
     "register_finding",
+    "stale",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .finding import Examined, by_distance, count, distances
+from ..layers import LayerReport
+from .finding import Examined, by_distance, cost_of, count, distances, of_trial
 from .fixes import convert
 from .rules import Found, Rule, configured_rules, register_finding
 
@@ -15,22 +16,28 @@ from .rules import Found, Rule, configured_rules, register_finding
     unit="standard deviations",
 )
 def frozen_of_other_data(examined: Examined, rule: Rule) -> Found:
-    measured = by_distance(
-        (x for x in examined.layers if not (x.trains or x.is_initial or x.is_folded)),
-        "ema_to_precise",
-    )
-    far = [x for x in measured if x.ema_to_precise and x.ema_to_precise.exceeds(rule.threshold)]
-    if far:
-        yield rule.finding(
-            f"The frozen statistics of {count(far)} are of other data than they see.",
+    far, trial = frozen_far(examined, rule), examined.trials.get(rule.id)
+    title = f"The frozen statistics of {count(far)} are of other data than they see"
+    if far and trial is not None and not trial.gain.exceeds(0):
+        yield rule.note(
+            f"{title}, and it costs nothing that is certain: the layers after them were trained "
+            f"so. {trial.text}.",
             far,
-            distances(far, "ema_to_precise"),
+        )
+    elif far:
+        yield rule.finding(
+            f"{title}.",
+            far,
+            [*of_trial(trial), *distances(far, "ema_to_precise")],
             {"BN": {"CONVERT": convert(examined, far, "SyncBN")}},
-            "Let the layers follow the data in training; or, without training, bn-detection "
-            "recalibrate --mix auto --keep-if-better.",
+            "Without training, bn-detection recalibrate --mix auto --keep-if-better gives them "
+            "statistics of these images; in the next training, let them follow the data.",
+            cost=cost_of(trial),
         )
     margin = configured_rules(examined.cfg)["BN103"].threshold
-    moved = [x for x in measured if x.ema_to_precise and x.ema_to_precise.exceeds(margin)]
+    moved = [
+        x for x in _measured(examined) if x.ema_to_precise and x.ema_to_precise.exceeds(margin)
+    ]
     moved = [layer for layer in moved if layer not in far]
     if moved and (worst := moved[0].ema_to_precise):
         yield rule.note(
@@ -38,3 +45,14 @@ def frozen_of_other_data(examined: Examined, rule: Rule) -> Found:
             f"{moved[0].name} most, by {worst.text(2)} standard deviations. They were trained so.",
             moved,
         )
+
+
+def frozen_far(examined: Examined, rule: Rule) -> list[LayerReport]:
+    """The frozen layers whose inputs are far from their statistics, furthest first."""
+    measured = _measured(examined)
+    return [x for x in measured if x.ema_to_precise and x.ema_to_precise.exceeds(rule.threshold)]
+
+
+def _measured(examined: Examined) -> list[LayerReport]:
+    layers = (x for x in examined.layers if not (x.trains or x.is_initial or x.is_folded))
+    return by_distance(layers, "ema_to_precise")

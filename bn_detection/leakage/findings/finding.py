@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
@@ -15,9 +15,13 @@ from ...norm import matches
 from ...words import listed
 from ..by_layer import LayerLeakage
 from ..layers import LayerReport
+from ..trial import Trial
 
 SHOWN = 5
 """Layers that a finding names in its evidence."""
+
+HARMLESS = 1.0
+"""Points of box AP: what certainly gains no more is no finding."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,8 @@ class Finding:
         evidence: what it rests on.
         fix: the keys of a config that fix it in the next training; empty for a note.
         advice: what the fix does.
-        cost: points of box AP (on the sampler's RoIs) that it is likely to cost; None if that was
-            not measured.
+        cost: points of box AP that it is likely to cost: what the batch gives back on the sampler's
+            RoIs, or what other statistics were seen to give; None if that was not measured.
         symptom: what users see, in their words; "" where that is the title.
         in_python: whether the model has no config, so that what fixes it is Python.
     """
@@ -153,6 +157,7 @@ class Examined:
         workers: of the training.
         averages_workers: whether the training averages running statistics over the workers.
         unknown_keys: of the config, that nobody here knows.
+        trials: by id of a finding, what its cure by other statistics was seen to give.
     """
 
     cfg: CfgNode
@@ -162,6 +167,7 @@ class Examined:
     workers: int
     averages_workers: bool
     unknown_keys: Sequence[str] = ()
+    trials: Mapping[str, Trial] = field(default_factory=dict)
 
     @property
     def probed_layers(self) -> list[LayerReport]:
@@ -193,7 +199,7 @@ class Examined:
         """A difference of modes in a metric, where it was measured and matters.
 
         Args:
-            kind: ``leakage``, ``inconsistency`` or ``staleness``.
+            kind: ``leakage`` or ``inconsistency``.
             metric: of :data:`bn_detection.metrics.PROBE`.
         """
         record = (self.probe or {}).get(kind, {}).get(metric)
@@ -204,6 +210,16 @@ class Examined:
         ):
             return None
         return Estimate(**record)
+
+
+def of_trial(trial: Trial | None) -> list[Evidence]:
+    """What a cure was seen to give, where it was tried."""
+    return [] if trial is None else [Evidence(trial.text, "trial.box_ap", trial.gain, "points")]
+
+
+def cost_of(trial: Trial | None) -> Estimate | None:
+    """What a cure was seen to give, where that is more than chance."""
+    return trial.gain if trial is not None and trial.gain.exceeds(0) else None
 
 
 def names_of(layers: Iterable[LayerReport]) -> tuple[str, ...]:
