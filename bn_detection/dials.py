@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any
 
 from .config import ConfigError
@@ -52,7 +53,7 @@ class LeakyShapesConfig:
             numbers = value if pair and isinstance(value, tuple) else (value,)
             if not (
                 len(numbers) == 1 + pair
-                and all(isinstance(number, int) or not whole for number in numbers)
+                and all(isinstance(number, int if whole else Real) for number in numbers)
                 and all(low <= number <= high and math.isfinite(number) for number in numbers)
                 and sorted(numbers) == list(numbers)
             ):

@@ -12,19 +12,26 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from PIL import Image
 
+from bn_detection import data
 from bn_detection.config import ConfigError, add_bn_detection_config
 from bn_detection.data import (
+    LeakyShapesConfig,
     ReadableLoader,
     SkipUnreadable,
     build_test_loader,
     build_train_loader,
     check_datasets,
     check_num_classes,
+    draw_image,
+    find_builtin,
     make_leaky_shapes,
     read_unreadable,
+    register_builtin,
     register_coco_json,
     report_unreadable,
 )
+from bn_detection.engine.setup import check_dataset_names
+from bn_detection.leakage.limits import leaky_shapes_config
 
 pytestmark = pytest.mark.usefixtures("own_catalogs")
 
@@ -422,3 +429,47 @@ def test_an_image_of_two_records_is_one_image(shapes, tmp_path):
         truncate(path)
     with pytest.raises(ConfigError, match='"a": none of the 6 images'):
         next(iter(build_train_loader(cfg)))
+
+
+DIALS = "leaky_shapes(cast_std=10,objects_per_image=(2, 3))"
+
+
+def test_an_embedded_dataset_with_other_dials_is_made_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    monkeypatch.setitem(data.builtin._SPLITS, "val", 3)
+    name = f"{DIALS}_val"
+    register_builtin([name])
+    records = DatasetCatalog.get(name)
+    by_hand = LeakyShapesConfig(cast_std=10, objects_per_image=(2, 3))
+    expected = [len(draw_image(by_hand, 0, "val", k).objects) for k in range(3)]
+    assert [len(record["annotations"]) for record in records] == expected
+    assert (tmp_path / DIALS / "val" / "annotations.json").is_file()
+    assert leaky_shapes_config(name) == by_hand
+    assert find_builtin("leaky_shapes_no_texture(class_step=1)_train").dials == (
+        LeakyShapesConfig(texture_amplitude=0.0, class_step=1)
+    )
+    assert find_builtin("leaky_shapes(cast_std=1)") is None
+
+
+@pytest.mark.parametrize(
+    ("dials", "words"),
+    [
+        ("(cast_sdt=10)", ['no dial "cast_sdt"', 'mean "cast_std"']),
+        ("(cast_std=-1)", ["cast_std is -1", "at least 0"]),
+        ("(cast_std='a')", ["cast_std is a", "a number"]),
+        ("(cast_std=(1,2))", ["cast_std is (1, 2)", "a number"]),
+        ("(objects_per_image=2)", ["objects_per_image is 2", "two whole numbers"]),
+        ("(10)", ["(10)", "cast_std=10"]),
+        ("(cast_std=10", ["there is no dataset"]),
+        ("(**{})", ["no dial"]),
+        ("(cast_std=print())", ["cast_std=print()", "with numbers"]),
+    ],
+)
+def test_a_wrong_dial_in_the_name_of_a_dataset_is_named(dials, words):
+    cfg = get_cfg()
+    add_bn_detection_config(cfg)
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (f"leaky_shapes{dials}_train",)
+    with pytest.raises(ConfigError) as info:
+        check_dataset_names(cfg)
+    for word in ("DATASETS", f"leaky_shapes{dials}_train", *words):
+        assert word in str(info.value)

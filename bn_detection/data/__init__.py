@@ -1,7 +1,7 @@
 """Datasets: the generator of LeakyShapes, COCO-format files from a config, and loaders."""
 
 from ..dials import LeakyShapesConfig, honest_accuracy_limit
-from .builtin import LEAKY_SHAPES, register_builtin
+from .builtin import LEAKY_SHAPES, BuiltinDataset, find_builtin, register_builtin
 from .coco_json import (
     check_dataset_files,
     check_datasets,
@@ -30,6 +30,7 @@ __all__ = [
     "CORRUPTIONS",
     "IMAGE_SUFFIXES",
     "LEAKY_SHAPES",
+    "BuiltinDataset",
     "Corruption",
     "LeakyShapesConfig",
     "ReadableLoader",
@@ -43,6 +44,7 @@ __all__ = [
     "check_trained_classes",
     "draw_image",
     "draw_shape",
+    "find_builtin",
     "honest_accuracy_limit",
     "load_test_dicts",
     "make_leaky_shapes",

@@ -24,6 +24,7 @@ from ..config import ConfigError, add_bn_detection_config
 from ..data import (
     LEAKY_SHAPES,
     check_datasets,
+    find_builtin,
     near_names,
     read_coco_json,
     read_corrupted_name,
@@ -203,7 +204,7 @@ def check_dataset_names(cfg: CfgNode) -> None:
         for name in cfg.DATASETS[key]:
             is_corrupted = "@" in name and name not in known
             base = read_corrupted_name(name)[0] if is_corrupted else name
-            if base not in known:
+            if base not in known and find_builtin(base) is None:
                 raise ConfigError(
                     f'DATASETS.{key} "{name}": there is no dataset "{base}". '
                     f"{near_names(base, known)}"
