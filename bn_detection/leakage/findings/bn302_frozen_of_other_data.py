@@ -30,8 +30,9 @@ def frozen_of_other_data(examined: Examined, rule: Rule) -> Found:
             far,
             [*of_trial(trial), *distances(far, "ema_to_precise")],
             {"BN": {"CONVERT": convert(examined, far, "SyncBN")}},
-            "Without training, bn-detection recalibrate --mix auto --keep-if-better gives them "
-            "statistics of these images; in the next training, let them follow the data.",
+            "Without training, bn-detection recalibrate --mix auto --keep-if-better, with these "
+            "layers in BN.MODULES, gives them statistics of these images; in the next training, "
+            "let them follow the data.",
             cost=cost_of(trial),
         )
     margin = configured_rules(examined.cfg)["BN103"].threshold
