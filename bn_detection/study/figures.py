@@ -79,8 +79,8 @@ def meaning_of_bars(results: StudyResults, over_images: bool = False) -> str:
     """What the error bars of a figure are."""
     number = len(results.study.seeds)
     if number > 1:
-        of_one = " (over images where there is one seed)" if over_images else ""
-        return f"Bars: 95 % intervals over {number} seeds{of_one}."
+        images = " and the images (of one seed over the images)" if over_images else ""
+        return f"Bars: 95 % intervals over {number} seeds{images}."
     if over_images:
         return "One seed; bars: 95 % intervals over images."
     return "One seed: no interval."

@@ -18,7 +18,7 @@ from .estimates import Estimate
 from .figures import Drawn, draw_all, fewer_seeds, in_words
 from .folder import write_json
 from .matrix import Cell, Failure
-from .reading import read_results
+from .reading import read_results, warnings
 from .results import (
     HEADLINES,
     LEAKAGES,
@@ -143,6 +143,7 @@ def _page(
     return render(
         "report.html.j2",
         study=study,
+        warnings=warnings(results),
         reading=reading,
         tables=[_as_rows(results, table) for table in _tables(results)],
         figures=[figure(drawn.figure, drawn.alt, drawn.caption) for drawn in figures],
@@ -161,7 +162,17 @@ def _scale(results: StudyResults, table: _Table) -> str:
     if number == 1:
         return f"one seed; {of_one}" if table.of_probe else "one seed"
     scale = f"mean ± half of the 95 % interval over {number} seeds (Student's t)"
-    return f"{scale}; {of_one}" if table.of_probe else scale
+    return f"{scale} and the images; {of_one}" if table.of_probe else scale
+
+
+def _scale_of_differences(results: StudyResults, table: _Table) -> str:
+    if len(results.study.seeds) == 1:
+        return "points; one seed"
+    images = " and the images" if table.of_probe else ""
+    return (
+        f"points, paired over the seeds, with the 95 % interval over the seeds{images}; "
+        "above, below: it excludes zero; open: it does not"
+    )
 
 
 def _as_rows(results: StudyResults, table: _Table) -> dict[str, Any]:
@@ -195,6 +206,7 @@ def _as_rows(results: StudyResults, table: _Table) -> dict[str, Any]:
         "title": table.title[0].upper() + table.title[1:],
         "unit": table.unit,
         "scale": _scale(results, table),
+        "scale of differences": _scale_of_differences(results, table),
         "values": _grid(values, names, columns),
         "differences": _grid(
             differences,
@@ -341,7 +353,7 @@ def _write_csv(path: Path, results: StudyResults) -> None:
 def _as_json(results: StudyResults, failures: Sequence[Failure]) -> dict[str, Any]:
     study = results.study
     content: dict[str, Any] = {"study": study.name, "about": study.about, "paper": study.paper}
-    content |= {"baseline": study.baseline, "seeds": study.seeds}
+    content |= {"baseline": study.baseline, "seeds": study.seeds, "warnings": warnings(results)}
     content["versions"] = []
     for training in results.trainings.values():
         if training.versions and training.versions not in content["versions"]:
@@ -388,6 +400,7 @@ def _print(results: StudyResults, reading: Sequence[str]) -> None:
     """Each table, runs by columns, the longer of the two downwards; then the reading."""
     number = len(results.study.seeds)
     meaning = "one seed" if number == 1 else f"{number} seeds: mean ± half of the 95 % interval"
+    over_images = "" if number == 1 else " over seeds and images"
     for table in _tables(results):
         # The modes of a probe, with an interval each, are too wide for a terminal.
         columns = [c for c in table.columns if not table.of_probe or not c[1].endswith(_MODES)]
@@ -399,7 +412,8 @@ def _print(results: StudyResults, reading: Sequence[str]) -> None:
         rows.insert(0, ["", *(header for header, _, _ in columns)])
         if len(columns) > len(results.study.runs):
             rows = list(zip(*rows, strict=True))
-        print(f"\n{table.title[0].upper()}{table.title[1:]}, {meaning}\n")
+        over = over_images if table.of_probe else ""
+        print(f"\n{table.title[0].upper()}{table.title[1:]}, {meaning}{over}\n")
         print(tabulate(rows, "firstrow", tablefmt="simple", disable_numparse=True))
-    for sentence in reading:
+    for sentence in (*(f"Warning: {each}" for each in warnings(results)), *reading):
         print(f"\n{sentence}")

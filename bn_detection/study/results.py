@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ..metrics import EVALUATION, PROBE, Metric
-from .estimates import Estimate, estimate, paired_difference
+from .estimates import Estimate, estimate, minus, paired_difference, with_images
 from .matrix import Cell
 from .study_file import Study
 
@@ -94,20 +94,34 @@ class StudyResults:
         return {seed: place[seed].to_json()["value"] for seed in sorted(place)}
 
     def estimate(self, metric: str, run: str, evaluation: str) -> Estimate:
-        """Mean and interval over the seeds; with one seed, its interval over images if known."""
+        """Mean and interval over the seeds, and over the images where the probe has measured that.
+
+        Of one seed, the interval is over the images alone, if it is known.
+        """
         place = self.values.get(metric, {}).get((run, evaluation), {})
-        if len(place) == 1:
-            (measured,) = place.values()
-            if measured.has_interval:
-                return measured
-        return estimate([*self.by_seed(metric, run, evaluation).values()])
+        known = [measured for measured in place.values() if measured.is_known]
+        if len(known) == 1 and known[0].has_interval:
+            return known[0]
+        return with_images(estimate([*self.by_seed(metric, run, evaluation).values()]), known)
 
     def difference(self, metric: str, run: str, evaluation: str) -> Estimate:
-        """Difference to the baseline run under the same evaluation, paired over the seeds."""
-        return paired_difference(
+        """Difference to the baseline run under the same evaluation, paired over the seeds.
+
+        The images of both are the same, and their errors are taken for independent: images that
+        are easy for both make the interval too wide.
+        """
+        found = paired_difference(
             self.by_seed(metric, run, evaluation),
             self.by_seed(metric, self.study.baseline, evaluation),
         )
+        own, reference = (
+            self.values.get(metric, {}).get((name, evaluation), {})
+            for name in (run, self.study.baseline)
+        )
+        if own is reference:
+            return found
+        common = [seed for seed in own if seed in reference]
+        return with_images(found, [minus(own[seed], reference[seed]) for seed in common])
 
 
 def collect_results(study: Study, results: Mapping[Cell, Path], folder: Path) -> StudyResults:
