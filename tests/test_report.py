@@ -51,7 +51,7 @@ def test_the_table_has_what_is_done_and_says_what_failed(
     # 4.303 * 2 / sqrt(3) and 12.706 * 0.7071 / sqrt(2), from tables of Student's t.
     assert [re.split("  +", line) for line in lines if line.startswith(("BN", "GN"))][:2] == [
         ["BN", "52.0 ± 5.0", "60.5 ± 6.4 (2 of 3 seeds)"],
-        ["GN", "failed"],
+        ["GN", "missing"],
     ]
     assert "4 of 9 results are missing; means are over the seeds that are there." in lines
     assert written["versions"] == [{"python": "3.11", "torch": "2.14"}]
@@ -128,6 +128,35 @@ def test_probes_have_a_table_and_differences_by_hand(tmp_path: Path) -> None:
     assert rows[0] == ["run", "evaluation", "seed", "metric", "value"]
     assert ["BN", "leak", "2", "accuracy, shuffled", "74"] in rows
     assert ["ShuffleBN", "leak", "2", "inconsistency in accuracy", "2"] in rows
+
+
+def test_the_cost_of_a_study_is_that_of_its_tasks_by_their_workers(tmp_path: Path) -> None:
+    study = make_study(tmp_path, ["BN", "GN"], [1, 2], head="workers: 2")
+    text = study.path.read_text().replace("batch:", "batch:\n    workers: 1")
+    study.path.write_text(text)
+    study = read_study(study.path)
+    results = {}
+    for run in study.runs:
+        place = write_training(tmp_path, run, 1, CURVE)
+        (place / "config.yaml").write_text(
+            "SOLVER: {MAX_ITER: 200, IMS_PER_BATCH: 4}\nDATASETS: {TRAIN: [a], TEST: [b]}\n"
+        )
+    batch = Cell("BN", "batch", 1)
+    results[batch] = write_ap(tmp_path, batch, bbox=50)
+    folder = tmp_path / "BN" / "seed_1" / "evaluations" / "batch"
+    folder.mkdir(parents=True)
+    (folder / "evaluation.json").write_text('{"seconds": 30}')
+    (folder / "recalibration.json").write_text('{"seconds": 12}')
+    content = json.loads(write_report(study, results, tmp_path).read_text())
+    # Two trainings of 93.5 s on two workers, and an evaluation of 42 s on one.
+    assert content["minutes on a core"] == {
+        "trainings": pytest.approx(93.5 * 4 / 60),
+        "evaluations": pytest.approx(42 / 60),
+    }
+    assert content["number"] == {"trainings": 2, "evaluations": 1}
+    assert content["images trained on"] == 2 * 200 * 4
+    assert content["seconds of evaluations"] == {"BN": {"batch": {"1": 42}}}
+    assert content["devices"] == ["A processor"]
 
 
 def test_a_table_has_the_runs_that_have_an_evaluation_of_it(

@@ -60,7 +60,7 @@ def write_report(
         _save(drawn, folder / "figures")
     _write_csv(folder / "results.csv", collected)
     path = folder / "results.json"
-    write_json(path, _as_json(collected, failures))
+    write_json(path, _as_json(collected, reading, failures))
     with replacing(folder / "report.html") as page:
         page.write_text(_page(collected, reading, figures, failures), encoding="utf-8")
     _print(collected, reading)
@@ -118,7 +118,7 @@ def _entry(results: StudyResults, run: str, metric: str, evaluation: str) -> str
     if not by_seed:
         runs = results.study.runs if evaluation in PHASES else _of(results, evaluation).runs
         done = results.metrics.get(run, {}).get(evaluation)
-        return "" if run not in runs or done or evaluation in PHASES else "failed"
+        return "" if run not in runs or done or evaluation in PHASES else "missing"
     return _in_words(results, results.estimate(metric, run, evaluation), metric)
 
 
@@ -350,10 +350,14 @@ def _write_csv(path: Path, results: StudyResults) -> None:
                     writer.writerow((run, evaluation, seed, metric, measured.to_json()["value"]))
 
 
-def _as_json(results: StudyResults, failures: Sequence[Failure]) -> dict[str, Any]:
+def _as_json(
+    results: StudyResults, reading: Sequence[str], failures: Sequence[Failure]
+) -> dict[str, Any]:
     study = results.study
     content: dict[str, Any] = {"study": study.name, "about": study.about, "paper": study.paper}
     content |= {"baseline": study.baseline, "seeds": study.seeds, "warnings": warnings(results)}
+    content |= {"reading": reading, "runs": [*study.runs], "evaluations": [*study.evaluations]}
+    content["devices"] = sorted({t.device for t in results.trainings.values() if t.device})
     content["versions"] = []
     for training in results.trainings.values():
         if training.versions and training.versions not in content["versions"]:
@@ -366,6 +370,8 @@ def _as_json(results: StudyResults, failures: Sequence[Failure]) -> dict[str, An
         }
         for run in study.runs
     }
+    content["seconds of evaluations"] = _seconds_of_evaluations(results)
+    content |= _cost(results)
     content["failed"] = [{"title": title, "log": str(log)} for title, log in failures]
     for metric, places in results.values.items():
         content[metric] = [
@@ -382,6 +388,30 @@ def _as_json(results: StudyResults, failures: Sequence[Failure]) -> dict[str, An
         ]
     content["metrics by run, evaluation and seed"] = results.metrics
     return content
+
+
+def _seconds_of_evaluations(results: StudyResults) -> dict[str, dict[str, dict[int, float]]]:
+    by_run: dict[str, dict[str, dict[int, float]]] = {}
+    for cell, seconds in results.seconds.items():
+        by_run.setdefault(cell.run, {}).setdefault(cell.evaluation, {})[cell.seed] = seconds
+    return by_run
+
+
+def _cost(results: StudyResults) -> dict[str, Any]:
+    """What the tasks took, with a core for each of their workers, and what they did in it."""
+    study = results.study
+    done = [each for each in results.trainings.values() if each.seconds is not None]
+    solvers = [config["SOLVER"] for each in done if (config := each.read_config())]
+    of_trainings = study.workers * sum(each.seconds for each in done)
+    of_evaluations = sum(
+        seconds * study.evaluations[cell.evaluation].workers
+        for cell, seconds in results.seconds.items()
+    )
+    return {
+        "minutes on a core": {"trainings": of_trainings / 60, "evaluations": of_evaluations / 60},
+        "number": {"trainings": len(done), "evaluations": len(results.seconds)},
+        "images trained on": sum(each["MAX_ITER"] * each["IMS_PER_BATCH"] for each in solvers),
+    }
 
 
 def _estimate_as_json(found: Estimate) -> dict[str, Any]:

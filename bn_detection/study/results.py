@@ -71,12 +71,14 @@ class StudyResults:
         values: by metric, by run and evaluation, by seed.
         metrics: what each evaluation wrote, by run, evaluation and seed.
         trainings: by run and seed.
+        seconds: of each evaluation that has a task of its own, with its recalibration.
     """
 
     study: Study
     values: dict[str, dict[tuple[str, str], dict[int, Estimate]]] = field(default_factory=dict)
     metrics: dict[str, dict[str, dict[int, Any]]] = field(default_factory=dict)
     trainings: dict[tuple[str, int], Training] = field(default_factory=dict)
+    seconds: dict[Cell, float] = field(default_factory=dict)
 
     def add(self, metric: str, cell: Cell, measured: Estimate) -> None:
         """Keep a number."""
@@ -148,6 +150,10 @@ def collect_results(study: Study, results: Mapping[Cell, Path], folder: Path) ->
             _add_probe(collected, cell, content)
         by_run = collected.metrics.setdefault(cell.run, {})
         by_run.setdefault(cell.evaluation, {})[cell.seed] = content
+        place = folder / cell.run / f"seed_{cell.seed}" / "evaluations" / cell.evaluation
+        records = [_read_json(place / f"{name}.json") for name in ("recalibration", "evaluation")]
+        if any(records):
+            collected.seconds[cell] = sum(record.get("seconds", 0.0) for record in records)
     for run in study.runs:
         for seed in study.seeds:
             place = folder / run / f"seed_{seed}"
