@@ -66,7 +66,8 @@ def in_words(found: Estimate, places: int = 1) -> str:
         return "undefined"
     if found.over == "images" or not found.has_interval:
         return found.text(places)
-    return f"{found.value:.{places}f} ± {found.half_width:.{places}f}"
+    # Not -0.0.
+    return f"{round(found.value, places) + 0.0:.{places}f} ± {found.half_width:.{places}f}"
 
 
 def fewer_seeds(results: StudyResults, found: Estimate) -> str:
