@@ -62,12 +62,15 @@ def write_slim(content: Mapping[str, Any], path: Path) -> None:
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
-def take(folder: Path, results: Path) -> None:
+def take(folder: Path, results: Path) -> str:
     """Keep the results of a study, or of the demo, for the pages.
 
     Args:
         folder: of the study, with its ``results.json``.
         results: the folder for the JSON.
+
+    Returns:
+        The name of the study.
     """
     content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     if missing := [key for key in _FACTS if key not in content and "study" in content]:
@@ -75,8 +78,9 @@ def take(folder: Path, results: Path) -> None:
             f"{folder / 'results.json'} is of an earlier version, without {missing[0]!r}: run the "
             "study again, which writes its report anew."
         )
-    name = content.get("study", folder.name)
+    name = content.get("study", folder.resolve().name)
     write_slim(slim(content) if "study" in content else content, results / f"{name}.json")
+    return name
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -432,9 +436,8 @@ class Pages:
 
 def main(folders: Sequence[Path]) -> None:
     """Take the results of studies, and write every page."""
-    for folder in folders:
-        take(folder, DOCS / "studies")
-    pages = Pages(sources={folder.resolve().name: folder for folder in folders})
+    (DOCS / "studies").mkdir(exist_ok=True)
+    pages = Pages(sources={take(folder, DOCS / "studies"): folder for folder in folders})
     for name, text in pages.render().items():
         (DOCS / name).write_text(text, encoding="utf-8")
 
