@@ -17,7 +17,7 @@ from tooling import ROOT, run_tool
 from bn_detection import ConfigError, __version__, cli, install_detectron2
 from bn_detection.command_line import argument_parser, command_line
 from bn_detection.engine import load_config
-from bn_detection.shipped import SHIPPED, find_config, find_shipped
+from bn_detection.shipped import SHIPPED, find_config
 
 TOOLS = {
     "install_detectron2": "install-detectron2",
@@ -85,7 +85,7 @@ def test_the_example_of_a_command_can_be_run(
         args = cli.parse(shlex.split(line)[1:])
         for name in (getattr(args, flag, None) for flag in ("config_file", "study")):
             # Of the package, or what the demo leaves.
-            assert not name or find_shipped(name) or name == "output/demo/BN/config.yaml"
+            assert not name or (SHIPPED / name).exists() or name == "output/demo/BN/config.yaml"
     assert "exit status:\n  0 done; 1 a failure, or findings; 2 an error" in text
 
 
@@ -329,5 +329,5 @@ assert not {{"torch", "detectron2"}} & {{*sys.modules}}
 def test_a_study_that_is_nowhere_is_refused() -> None:
     ended = run_tool("study", "studies/nothing.yaml")
     assert ended.status == 2
-    assert ended.error.startswith("error: studies/nothing.yaml: there is no such file")
+    assert ended.error.startswith("error: studies/nothing.yaml: there is no such file or folder")
     assert str(SHIPPED) in ended.error

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bn_detection.study.estimates import estimate, paired_difference
+from bn_detection.estimate import Estimate
+from bn_detection.study.estimates import estimate, minus, paired_difference, with_images
 from bn_detection.study.results import decimals, unit
 
 # Extra hours of sleep of ten patients with two drugs: Student, Biometrika 6 (1908), p. 20.
@@ -63,6 +64,46 @@ def test_intervals_cover_the_mean_as_often_as_they_say() -> None:
     covered = np.mean([each.low < 7 < each.high for each in found])
     # Binomial standard error 0.0034.
     assert covered == pytest.approx(0.95, abs=0.015)
+
+
+def test_the_interval_over_seeds_and_images_by_hand() -> None:
+    over_images = [Estimate(19.0, 17.0, 21.0), Estimate(20.0, 16.0, 24.0), Estimate(21.0)]
+    found = with_images(estimate([19.0, 20.0, 21.0]), over_images)
+    # 4.303 / sqrt(3) over the seeds; a mean of 2 ** 2 and 4 ** 2 over the images.
+    assert found.half_width == pytest.approx((4.303**2 / 3 + 10) ** 0.5, rel=1e-4)
+    assert (found.value, found.number, found.over) == (20.0, 3, "seeds and images")
+    for without in ([], [Estimate(19.0)]):
+        assert with_images(estimate([19.0, 21.0]), without) == estimate([19.0, 21.0])
+    assert with_images(estimate([19.0]), over_images) == estimate([19.0])
+
+
+def test_a_difference_of_measurements_by_hand() -> None:
+    found = minus(Estimate(9.0, 6.0, 12.0), Estimate(5.0, 1.0, 9.0))
+    assert (found.value, found.low, found.high) == (4.0, -1.0, 9.0)
+    assert not minus(Estimate(9.0, 6.0, 12.0), Estimate(5.0)).has_interval
+
+
+@pytest.mark.parametrize("of_seed", [0.0, 0.5, 2.0])
+def test_the_same_images_for_each_seed_are_covered_too(of_seed: float) -> None:
+    """Seeds, images, and how a seed takes an image, all normal: a two-way layout with one cell."""
+    rng = np.random.default_rng(0)
+    number, images, studies = 3, 40, 2000
+    of_images = rng.normal(0, 6, (studies, 1, images))
+    of_both = rng.normal(0, 3, (studies, number, images))
+    seeds = rng.normal(0, of_seed, (studies, number, 1))
+    measured = 10 + seeds + of_images + of_both
+    over_seeds = over_both = 0
+    for study in measured:
+        means = study.mean(-1)
+        half = stats.t.ppf(0.975, images - 1) * study.std(-1, ddof=1) / images**0.5
+        ends = [Estimate(m, m - h, m + h) for m, h in zip(means, half, strict=True)]
+        alone = estimate([*means])
+        both = with_images(alone, ends)
+        over_seeds += alone.low < 10 < alone.high
+        over_both += both.low < 10 < both.high
+    assert over_both / studies > 0.945
+    # What is wrong with the seeds alone: they do not see the error that they share.
+    assert over_seeds / studies < (0.8 if of_seed < 1 else 0.95)
 
 
 def test_only_seeds_that_both_have_are_paired() -> None:

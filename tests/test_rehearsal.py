@@ -17,7 +17,7 @@ from bn_detection.engine import argument_parser, check_config, load_config
 from bn_detection.engine.rehearsal import rehearse
 from bn_detection.engine.values import check_values
 from bn_detection.study.matrix import plan
-from bn_detection.study.runner import run_study
+from bn_detection.study.runner import run_studies
 from bn_detection.study.study_file import read_study
 
 
@@ -188,7 +188,7 @@ def test_a_dry_run_notices_a_backbone_of_ones_own_that_fails(
     )
     given = {"imports": ["own_backbones"], "dry_run": True}
     with pytest.raises(ConfigError, match=r"run a: .*a step of training fails: KeyError: 'p2'"):
-        run_study(Path("study.yaml"), tmp_path / "out", **given)
+        run_studies([Path("study.yaml")], tmp_path / "out", **given)
     (tmp_path / "own_backbones.py").unlink()
 
 

@@ -51,7 +51,7 @@ def test_the_table_has_what_is_done_and_says_what_failed(
     # 4.303 * 2 / sqrt(3) and 12.706 * 0.7071 / sqrt(2), from tables of Student's t.
     assert [re.split("  +", line) for line in lines if line.startswith(("BN", "GN"))][:2] == [
         ["BN", "52.0 ± 5.0", "60.5 ± 6.4 (2 of 3 seeds)"],
-        ["GN", "failed"],
+        ["GN", "missing"],
     ]
     assert "4 of 9 results are missing; means are over the seeds that are there." in lines
     assert written["versions"] == [{"python": "3.11", "torch": "2.14"}]
@@ -113,16 +113,50 @@ def test_probes_have_a_table_and_differences_by_hand(tmp_path: Path) -> None:
     content = json.loads(write_report(study, results, tmp_path).read_text())
     leak = {entry["run"]: entry for entry in content["leakage in accuracy"]}
     assert leak["BN"]["mean"] == pytest.approx(19)
-    assert leak["BN"]["interval over"] == "seeds"
-    # Leakages of 20, 18 and 0, 1: differences of -20 and -17, with 12.706 * 1.5 around -18.5.
+    assert leak["BN"]["interval over"] == "seeds and images"
+    # 12.706 * 1 over the seeds; 1 over the images, in each.
+    assert leak["BN"]["half_width_95"] == pytest.approx((12.706**2 + 1) ** 0.5, rel=1e-3)
+    # Leakages of 20, 18 and 0, 1: differences of -20 and -17, with 12.706 * 1.5 around -18.5, and
+    # of the images sqrt(1 + 1) in each.
     difference = leak["ShuffleBN"]["difference to the baseline"]
     assert difference["mean"] == pytest.approx(-18.5)
-    assert difference["half_width_95"] == pytest.approx(12.706 * 1.5, rel=1e-3)
+    assert difference["half_width_95"] == pytest.approx((19.059**2 + 2) ** 0.5, rel=1e-3)
+    assert difference["interval over"] == "seeds and images"
+    assert leak["BN"]["difference to the baseline"]["half_width_95"] == 0
     with (tmp_path / "results.csv").open() as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["run", "evaluation", "seed", "metric", "value"]
     assert ["BN", "leak", "2", "accuracy, shuffled", "74"] in rows
     assert ["ShuffleBN", "leak", "2", "inconsistency in accuracy", "2"] in rows
+
+
+def test_the_cost_of_a_study_is_that_of_its_tasks_by_their_workers(tmp_path: Path) -> None:
+    study = make_study(tmp_path, ["BN", "GN"], [1, 2], head="workers: 2")
+    text = study.path.read_text().replace("batch:", "batch:\n    workers: 1")
+    study.path.write_text(text)
+    study = read_study(study.path)
+    results = {}
+    for run in study.runs:
+        place = write_training(tmp_path, run, 1, CURVE)
+        (place / "config.yaml").write_text(
+            "SOLVER: {MAX_ITER: 200, IMS_PER_BATCH: 4}\nDATASETS: {TRAIN: [a], TEST: [b]}\n"
+        )
+    batch = Cell("BN", "batch", 1)
+    results[batch] = write_ap(tmp_path, batch, bbox=50)
+    folder = tmp_path / "BN" / "seed_1" / "evaluations" / "batch"
+    folder.mkdir(parents=True)
+    (folder / "evaluation.json").write_text('{"seconds": 30}')
+    (folder / "recalibration.json").write_text('{"seconds": 12}')
+    content = json.loads(write_report(study, results, tmp_path).read_text())
+    # Two trainings of 93.5 s on two workers, and an evaluation of 42 s on one.
+    assert content["minutes on a core"] == {
+        "trainings": pytest.approx(93.5 * 4 / 60),
+        "evaluations": pytest.approx(42 / 60),
+    }
+    assert content["number"] == {"trainings": 2, "evaluations": 1}
+    assert content["images trained on"] == 2 * 200 * 4
+    assert content["seconds of evaluations"] == {"BN": {"batch": {"1": 42}}}
+    assert content["devices"] == ["A processor"]
 
 
 def test_a_table_has_the_runs_that_have_an_evaluation_of_it(
@@ -216,11 +250,49 @@ def test_the_intervals_over_images_are_those_of_the_runs_with_one_seed(tmp_path:
             accuracy = {"own_image": own, "own_worker": own, "shuffled": 70, "population": 70}
             results[cell] = write_probe(tmp_path, cell, accuracy)
     sentences = read_results(collect_results(study, results, tmp_path))
+    # 12.706 * 0.05 over the seeds, and 1 over the images.
     assert (
-        'Leakage in accuracy under "leak", for the weights of one seed of SyncBN (interval over '
-        "images): BN (+20.1 ± 0.6 points), GN (+20.1 ± 0.6 points) and "
+        'Leakage in accuracy under "leak" (intervals over seeds and images of BN and GN; over '
+        "images, for the weights of one seed of SyncBN): "
+        "BN (+20.1 ± 1.2 points), GN (+20.1 ± 1.2 points) and "
         "SyncBN (+20.1 [19.1, 21.1] points, 1 of 2 seeds) are above zero."
     ) in sentences
+
+
+@pytest.mark.parametrize(
+    ("seeds", "done", "words"),
+    [
+        ([1], 1, ["One seed", "--seeds 1 2 3;"]),
+        ([7], 1, ["One seed", "--seeds 7 8 9;"]),
+        ([1, 4], 2, ["Two seeds", "12.7", "--seeds 1 4 5;"]),
+        ([1, 2], 1, ["One seed", "--seeds 1 2 3;"]),
+        ([1, 2, 3], 2, ["Two seeds", "not done: the same command"]),
+        ([1, 2, 3], 3, []),
+        ([1, 2, 3], 0, []),
+    ],
+)
+def test_fewer_than_three_seeds_are_warned_of_everywhere_once(
+    seeds: list[int],
+    done: int,
+    words: list[str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    study = make_study(tmp_path, ["BN", "GN"], seeds)
+    results = {}
+    for seed in seeds[:done]:
+        for run in study.runs:
+            cell = Cell(run, "population", seed)
+            results[cell] = write_ap(tmp_path, cell, bbox=70 + seed)
+    path = write_report(study, results, tmp_path)
+    warnings = json.loads(path.read_text())["warnings"]
+    assert len(warnings) == bool(words)
+    printed = capfd.readouterr().out
+    page = html.unescape((tmp_path / "report.html").read_text())
+    for warning in warnings:
+        assert all(word in warning for word in words)
+        assert printed.count(f"Warning: {warning}") == page.count(warning) == 1
+    assert "Warning" in page if words else "Warning" not in page + printed
 
 
 def test_one_seed_supports_no_difference_but_a_leak_over_images(tmp_path: Path) -> None:
@@ -233,10 +305,9 @@ def test_one_seed_supports_no_difference_but_a_leak_over_images(tmp_path: Path) 
         cell = Cell(run, "population", 1)
         results[cell] = write_ap(tmp_path, cell, bbox=shuffled)
     sentences = read_results(collect_results(study, results, tmp_path))
-    assert any(sentence.startswith("One seed supports no statement") for sentence in sentences)
     assert not any("Box AP under" in sentence for sentence in sentences)
     assert (
-        'Leakage in accuracy under "leak", for the weights of one seed (interval over images): '
+        'Leakage in accuracy under "leak" (intervals over images, for the weights of one seed): '
         "BN (+20.0 [19.0, 21.0] points) is above zero; "
         "GN (+0.5 [-0.5, 1.5] points) cannot be told from zero."
     ).replace("-", "\N{MINUS SIGN}") in sentences

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tooling import run_script, start_script
+from study_tasks import task
+from tooling import run_script, run_tool, start_script
 
 from bn_detection.config import ConfigError
 from bn_detection.data import make_leaky_shapes
 from bn_detection.study import runner
 from bn_detection.study.folder import claimed
-from bn_detection.study.matrix import plan
+from bn_detection.study.matrix import Cell, Plan, plan
 from bn_detection.study.process import write_json
-from bn_detection.study.runner import run_study
-from bn_detection.study.study_file import read_study
+from bn_detection.study.runner import run_studies
+from bn_detection.study.study_file import Study, read_study
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "quickstart" / "mask_rcnn_bn.yaml"
@@ -127,7 +128,7 @@ def test_overrides_are_checked_before_anything_runs(
 ) -> None:
     path = write(tmp_path, STUDY.replace(old, new))
     with pytest.raises(ConfigError) as info:
-        run_study(path, tmp_path / "output")
+        run_studies([path], tmp_path / "output")
     for word in (str(path), *words):
         assert word in str(info.value)
     assert not (tmp_path / "output").exists()
@@ -336,7 +337,7 @@ def test_wrong_arguments_are_refused_before_anything_is_made(
     arguments: dict[str, Any], words: list[str], tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError) as info:
-        run_study(write(tmp_path, STUDY), tmp_path / "output", **arguments)
+        run_studies([write(tmp_path, STUDY)], tmp_path / "output", **arguments)
     for word in words:
         assert word in str(info.value)
     assert not (tmp_path / "output").exists()
@@ -347,32 +348,132 @@ def test_slurm_without_submitit_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(ConfigError, match=r"pip install 'submitit>=1\.5'"):
-        run_study(write(tmp_path, STUDY), tmp_path / "output", executor="slurm")
+        run_studies([write(tmp_path, STUDY)], tmp_path / "output", executor="slurm")
     assert not (tmp_path / "output").exists()
 
 
 def test_a_study_whose_every_task_fails_says_that_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(runner, "execute", lambda tasks, *_: list(tasks))
+    monkeypatch.setattr(runner, "execute", lambda tasks, *_, **__: list(tasks))
     with pytest.raises(RuntimeError, match=r"6 of 6 tasks are not done\.\n  BN, seed 1: training"):
-        run_study(write(tmp_path, STUDY), tmp_path / "output")
+        run_studies([write(tmp_path, STUDY)], tmp_path / "output")
     assert capfd.readouterr().out == "small: A small one.\n\n"
     assert not (tmp_path / "output" / "report.html").exists()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training is 0.1 s of Python; one named "slow" is a minute, one named "bad" fails."""
+
+    def quickly(study: Study, folder: Path, *_: object, **__: object) -> Plan:
+        tasks, results = [], {}
+        for seed in study.seeds:
+            for run in study.runs:
+                cell = Cell(run, "population", seed)
+                path = folder / run / f"seed_{seed}" / "inference" / "results.json"
+                content = json.dumps({"results": {"bbox": {"AP": 50 + seed}}})
+                code = "raise SystemExit(3); " if run == "bad" else ""
+                code += f"import os; os.makedirs({str(path.parent)!r}, exist_ok=True); "
+                code += f"open({str(path)!r}, 'w').write({content!r}); "
+                code += f"import time; time.sleep({60 if run == 'slow' else 0.1})"
+                made = task(path.parents[1], "training", code)
+                made.title = f"{run}, seed {seed}: training"
+                tasks.append(made)
+                results[cell] = made, path
+        return Plan(tasks, results, {})
+
+    monkeypatch.setattr(runner, "plan", quickly)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.timeout(120)
+def test_several_studies_in_one_command_with_a_budget(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "studies").mkdir()
+    write(tmp_path / "studies", STUDY, "a.yaml")
+    second = write(tmp_path / "studies", STUDY.replace("GN:", "slow:"), "b.yaml")
+    third = write(tmp_path, STUDY, "c.yaml")
+    command = ["study", tmp_path / "studies", third, "SOLVER.MAX_ITER", "1", "--jobs", "1"]
+    command += ["--output-dir", tmp_path / "out", "--minutes"]
+    ended = run_tool(*command, str(4 / 60))
+    assert ended.status == 0, ended
+    printed = capfd.readouterr().out
+    assert printed.endswith(
+        "Stopped by --minutes 0.0666667. Tasks done: a 4 of 4; b 1 of 4; c 0 of 4, nothing yet.\n"
+        "5 of 12 tasks are done; about 1 min are left to do, and 4 tasks of kinds that have not "
+        "been done yet. The same command goes on.\n"
+    )
+    assert "[2 of 4] slow, seed 1: training: ended after" in printed
+    for name, number in (("a", 4), ("b", 1)):
+        results = json.loads((tmp_path / "out" / name / "results.json").read_text())
+        assert sum(len(entry["by_seed"]) for entry in results["box AP"]) == number
+        page = (tmp_path / "out" / name / "report.html").read_text()
+        assert "failed" not in page
+    assert not (tmp_path / "out" / "c" / "results.json").exists()
+
+    second.write_text(second.read_text().replace("slow:", "fast:"))
+    assert run_tool(*command, "1").status == 0
+    printed = capfd.readouterr().out
+    assert printed.count("done before") == 5
+    assert printed.splitlines()[-3:] == [
+        f"  {tmp_path / 'out' / name / 'results.json'}" for name in "abc"
+    ]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.timeout(120)
+def test_the_folder_of_one_study_with_a_budget_is_its_own(tmp_path: Path) -> None:
+    path = write(tmp_path, STUDY)
+    assert run_studies([path], tmp_path / "out", minutes=1) == [tmp_path / "out" / "results.json"]
+    with pytest.raises(ConfigError, match=r"--minutes 5 with --executor slurm.*timeout_min"):
+        run_studies([path], tmp_path / "new", minutes=5, executor="slurm")
+    with pytest.raises(ConfigError, match=r"--minutes 0: give a number above 0"):
+        run_studies([path], tmp_path / "new", minutes=0)
+    (tmp_path / "other").mkdir()
+    other = write(tmp_path / "other", STUDY)
+    with pytest.raises(ConfigError, match=rf"{path} and {other} have one name"):
+        run_studies([path, other], tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.timeout(120)
+def test_what_fails_in_one_study_does_not_stop_the_next(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bad = STUDY.replace("BN:", "bad:", 1).replace("[BN]", "[bad]").replace("[1, 2]", "[1]")
+    paths = [write(tmp_path, bad, "a.yaml"), write(tmp_path, STUDY, "b.yaml")]
+    for minutes in ([], ["--minutes", "1"]):
+        ended = run_tool("study", *paths, "--output-dir", tmp_path / "out", *minutes)
+        assert ended.status == 1
+        assert "1 of 6 tasks are not done.\n  bad, seed 1: training: see" in ended.error
+        last = capfd.readouterr().out.splitlines()[-1]
+        assert ("5 of 6 tasks are done" in last) == bool(minutes)
+    assert (tmp_path / "out" / "b" / "results.json").exists()
+
+
+def test_a_word_that_names_no_study_is_refused(tmp_path: Path) -> None:
+    ended = run_tool("study", tmp_path)
+    assert (ended.status, ended.error) == (
+        2,
+        f"error: {tmp_path} has no .yaml file; give a study, or a folder of studies.",
+    )
 
 
 def test_a_dry_run_lists_the_tasks_and_makes_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path, folder = write(tmp_path, STUDY), tmp_path / "output"
-    assert run_study(path, folder, dry_run=True) is None
+    assert run_studies([path], folder, dry_run=True) == []
     assert not folder.exists()
     study = read_study(path)
     planned = plan(study, folder, {})
     with claimed(folder, study, {}, planned.configs):
         planned.tasks[0].record.parent.mkdir(parents=True)
         write_json(planned.tasks[0].record, {"seconds": 1})
-        run_study(path, folder, dry_run=True)
+        run_studies([path], folder, dry_run=True)
     printed = capfd.readouterr().out
     for part in (
         "[1 of 6] BN, seed 1: training: done",
@@ -382,7 +483,7 @@ def test_a_dry_run_lists_the_tasks_and_makes_nothing(
         assert part in printed
     with pytest.raises(ConfigError, match="another run BN"):
         changed = write(tmp_path, STUDY.replace("MAX_ITER: 1", "MAX_ITER: 2"))
-        run_study(changed, folder, dry_run=True)
+        run_studies([changed], folder, dry_run=True)
 
 
 @pytest.mark.timeout(280)
@@ -419,6 +520,6 @@ def test_a_study_that_is_killed_goes_on_with_what_is_missing(tmp_path: Path) -> 
     ]
     evaluated = folder / "BN" / "seed_5" / "evaluations" / "batch" / "eval_model_final_batch"
     assert json.loads((evaluated / "results.json").read_text())["BN.INFERENCE"] == "batch"
-    third = run_study(path, folder, overrides=overrides)
-    assert third == folder / "results.json"
+    third = run_studies([path], folder, overrides=overrides)
+    assert third == [folder / "results.json"]
     assert record.stat().st_mtime_ns == before

@@ -23,8 +23,10 @@ from bn_detection.config import ConfigError
 from bn_detection.engine.checkpoint import AtomicCheckpointer
 from bn_detection.study import process
 from bn_detection.study.display import Display, Running
+from bn_detection.study.durations import Budget
 from bn_detection.study.executors import LocalExecutor
 from bn_detection.study.folder import claimed
+from bn_detection.study.matrix import Task
 from bn_detection.study.process import run_and_record, write_json
 from bn_detection.study.scheduler import FolderError, execute
 from bn_detection.study.study_file import Study
@@ -106,6 +108,54 @@ def test_time_left_is_that_of_the_kinds_that_are_known(
     tasks[0].record.write_text(json.dumps({"seconds": 200}))
     execute(tasks, LocalExecutor())
     assert "[2 of 4] 1 (study: about 10 min left)" in capfd.readouterr().out
+
+
+def in_minutes(
+    tasks: list[Task], minutes: float, executor: LocalExecutor | None = None
+) -> tuple[list[Task], list[str]]:
+    """The tasks that failed, and the names of those that are done."""
+    failed = execute(tasks, executor or LocalExecutor(), budget=Budget(minutes))
+    return failed, [one.title for one in tasks if one.record.exists()]
+
+
+def test_in_a_budget_nothing_starts_that_is_not_expected_to_end(tmp_path: Path) -> None:
+    done, long, after, quick, last = (
+        task(tmp_path, name, "pass") for name in ("done", "long", "after", "quick", "last")
+    )
+    done.kind = long.kind = "long"
+    after.needs = long
+    done.record.write_text('{"seconds": 600}')
+    # The first starts whatever it takes, or a budget that is too short for it would never end.
+    assert in_minutes([done, quick, long, after, last], 1) == ([], ["done", "quick", "last"])
+    assert in_minutes([done, long, after], 1) == ([], ["done", "long", "after"])
+
+
+def test_what_a_training_took_before_is_not_expected_of_it_again(tmp_path: Path) -> None:
+    first, training, evaluation = (task(tmp_path, name, "pass") for name in "abc")
+    kinds = [task(tmp_path, f"{kind} done", "pass") for kind in "bc"]
+    for one, kind in zip(kinds, "bc", strict=True):
+        one.kind = kind
+        one.record.write_text('{"seconds": 600}')
+    evaluation.leftovers = (tmp_path / "half",)
+    for one in (training, evaluation):
+        one.record.with_suffix(".seconds").write_text("570.0")
+    failed, names = in_minutes([*kinds, first, training, evaluation], 1)
+    assert (failed, names) == ([], ["b done", "c done", "a", "b"])
+
+
+@pytest.mark.timeout(60)
+def test_at_the_end_of_a_budget_what_runs_is_ended(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    short, *long = (task(tmp_path, name, code) for name in ("short", "long", "longer", "never"))
+    short.command[-1] = "pass"
+    start = time.monotonic()
+    assert in_minutes([short, *long], 2 / 60, LocalExecutor(2)) == ([], ["short"])
+    assert 2 <= time.monotonic() - start < 20
+    assert not any(is_alive(int(one.log.read_text())) for one in long[:2])
+    assert not long[2].log.exists()
+    assert "[2 of 4] long: ended after 2 s, as the time is up" in capfd.readouterr().out
 
 
 def test_leftovers_of_an_interrupted_attempt_are_removed(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from bn_detection.study import executors, scheduler
 from bn_detection.study.display import Display
 from bn_detection.study.executors import LocalExecutor, SlurmExecutor, SubmissionError, parse_slurm
 from bn_detection.study.matrix import Task, plan
-from bn_detection.study.runner import run_study
+from bn_detection.study.runner import run_studies
 from bn_detection.study.scheduler import FolderError, execute
 from bn_detection.study.study_file import read_study
 
@@ -290,16 +290,16 @@ def test_a_local_start_is_refused_where_jobs_go_on(slurm: FakeSlurm, tmp_path: P
     SlurmExecutor(folder).start(training)
     (folder / "study.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"100 go on: give --executor slurm, or.* scancel 100"):
-        run_study(path, folder, dry_run=True)
+        run_studies([path], folder, dry_run=True)
     (slurm.folder / "away").touch()
     with pytest.raises(ConfigError, match=r"cannot contact.*if none goes on, remove .*slurm"):
-        run_study(path, folder, dry_run=True)
+        run_studies([path], folder, dry_run=True)
     training.record.write_text('{"seconds": 1}')
     assert LocalExecutor(folder=folder).find([training]) == {}
     training.record.unlink()
     (slurm.folder / "away").unlink()
     (slurm.folder / "queue").write_text("")
-    run_study(path, folder, dry_run=True)
+    run_studies([path], folder, dry_run=True)
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_jobs_of_cuda_ask_for_gpus(slurm: FakeSlurm, tmp_path: Path) -> None:
         SlurmExecutor(tmp_path, workers=8, device="cuda", parameters={"mem_per_gpu": "8GB"})
     text = STUDY.replace("seeds", "overrides: {MODEL.DEVICE: cuda}\nseeds")
     with pytest.raises(ConfigError, match="no GPU"):
-        run_study(write(tmp_path, text), tmp_path / "output", executor="slurm", dry_run=True)
+        run_studies([write(tmp_path, text)], tmp_path / "output", executor="slurm", dry_run=True)
 
 
 def test_parameters_go_to_slurm_or_are_refused(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
-"""Means, intervals and paired differences over the seeds of a study."""
+"""Means, intervals and paired differences over the seeds of a study, and over its images."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from scipy import stats
@@ -36,6 +36,36 @@ def estimate(values: Sequence[float | None]) -> Estimate:
     error = float(np.std(defined, ddof=1)) / math.sqrt(number)
     half = float(stats.t.ppf((1 + LEVEL) / 2, number - 1)) * error
     return Estimate(mean, mean - half, mean + half, number, "seeds")
+
+
+def with_images(over_seeds: Estimate, over_images: Iterable[Estimate]) -> Estimate:
+    """A mean over seeds, with an interval over the images that all of them were measured on too.
+
+    The half-widths are combined in squares, as those of two independent errors (Zou & Donner,
+    Statistics in Medicine 27, 2008), half^2 = half_seeds^2 + mean(half_images^2): the error of the
+    images is common to the seeds and does not shrink with their number. It is cautious: what of a
+    seed's error over images is its own is in both terms.
+
+    Args:
+        over_seeds: the mean.
+        over_images: the measurement of each seed, with its interval.
+
+    Returns:
+        The estimate over "seeds and images"; that over seeds where one of the two has no interval.
+    """
+    squares = [each.half_width**2 for each in over_images if each.has_interval]
+    if not squares or not over_seeds.has_interval:
+        return over_seeds
+    half = math.hypot(over_seeds.half_width, math.sqrt(float(np.mean(squares))))
+    value = over_seeds.value
+    return Estimate(value, value - half, value + half, over_seeds.number, "seeds and images")
+
+
+def minus(measured: Estimate, reference: Estimate) -> Estimate:
+    """The difference of two measurements, with the interval that it has if they are independent."""
+    value = measured.value - reference.value
+    half = math.hypot(measured.half_width, reference.half_width)
+    return Estimate(value, value - half, value + half)
 
 
 def paired_difference(

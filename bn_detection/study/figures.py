@@ -66,7 +66,8 @@ def in_words(found: Estimate, places: int = 1) -> str:
         return "undefined"
     if found.over == "images" or not found.has_interval:
         return found.text(places)
-    return f"{found.value:.{places}f} ± {found.half_width:.{places}f}"
+    # Not -0.0.
+    return f"{round(found.value, places) + 0.0:.{places}f} ± {found.half_width:.{places}f}"
 
 
 def fewer_seeds(results: StudyResults, found: Estimate) -> str:
@@ -79,8 +80,8 @@ def meaning_of_bars(results: StudyResults, over_images: bool = False) -> str:
     """What the error bars of a figure are."""
     number = len(results.study.seeds)
     if number > 1:
-        of_one = " (over images where there is one seed)" if over_images else ""
-        return f"Bars: 95 % intervals over {number} seeds{of_one}."
+        images = " and the images (of one seed over the images)" if over_images else ""
+        return f"Bars: 95 % intervals over {number} seeds{images}."
     if over_images:
         return "One seed; bars: 95 % intervals over images."
     return "One seed: no interval."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -61,6 +62,11 @@ class Task:
     def log(self) -> Path:
         """The file with the command's output."""
         return self.record.with_suffix(".log")
+
+    def seconds_before(self) -> float:
+        """Of attempts with which it goes on: only what has nothing to remove does that."""
+        noted = self.record.with_suffix(".seconds")
+        return 0.0 if self.leftovers or not noted.exists() else json.loads(noted.read_text())
 
 
 class Plan(NamedTuple):

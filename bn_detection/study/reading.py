@@ -9,6 +9,29 @@ from .figures import fewer_seeds, in_words
 from .results import BOX_AP, HEADLINES, LEAKAGES, PHASES, StudyResults, unit
 
 _MOST_NAMED = 8
+_ENOUGH_SEEDS = 3
+
+
+def warnings(results: StudyResults) -> list[str]:
+    """What must be known before any of the intervals is read, and what to do about it."""
+    seeds = results.study.seeds
+    done = {seed for of in results.metrics.values() for each in of.values() for seed in each}
+    if not done or min(len(done), len(seeds)) >= _ENOUGH_SEEDS:
+        return []
+    if len(done) == 1:
+        what = (
+            "One seed supports no statement about a difference between runs or evaluations: each "
+            "may be chance."
+        )
+    else:
+        what = (
+            "Two seeds support next to no statement: an interval over two is 12.7 standard errors "
+            "to each side, over three 4.3."
+        )
+    if len(seeds) >= _ENOUGH_SEEDS:
+        return [f"{what} The other seeds are not done: the same command goes on."]
+    more = [*seeds, *range(max(seeds) + 1, max(seeds) + 3)][:_ENOUGH_SEEDS]
+    return [f"{what} Add seeds: --seeds {' '.join(map(str, more))}; what is done is kept."]
 
 
 def read_results(results: StudyResults) -> list[str]:
@@ -35,11 +58,6 @@ def read_results(results: StudyResults) -> list[str]:
                 "Differences that are of one seed only, and so tell nothing: "
                 f"{comparisons.of_one_seed:,}."
             )
-    else:
-        sentences.append(
-            "One seed supports no statement about a difference between runs or evaluations: each "
-            "may be chance. More seeds (--seeds 1 2 3) give intervals."
-        )
     sentences += _leakages(results, comparisons)
     if comparisons.number > 1:
         sentences.append(
@@ -150,18 +168,22 @@ def _leakages(results: StudyResults, comparisons: _Comparisons) -> Iterator[str]
             signed = {run: _signed(results, found[run], metric) for run in found}
             parts = _parts(told, signed, "zero")
             if parts:
-                scope = _scope(found)
-                yield f'{metric[0].upper()}{metric[1:]} under "{name}"{scope}: {"; ".join(parts)}.'
+                where = f'{metric[0].upper()}{metric[1:]} under "{name}"'
+                yield f"{where} ({_scope(found)}): {'; '.join(parts)}."
 
 
 def _scope(found: dict[str, Estimate]) -> str:
-    """Whose intervals are over the images of one seed: nobody's, everybody's, or by name."""
-    told = {name: estimate for name, estimate in found.items() if estimate.sign is not None}
-    of_one_seed = [name for name, estimate in told.items() if estimate.over == "images"]
-    if not of_one_seed:
-        return ""
-    whose = f" of {_named(of_one_seed)}" if len(of_one_seed) < len(told) else ""
-    return f", for the weights of one seed{whose} (interval over images)"
+    """What the intervals are over; by name, where it is not the same for all."""
+    names: dict[str, list[str]] = {}
+    for name, estimate in found.items():
+        if estimate.has_interval:
+            names.setdefault(estimate.over, []).append(name)
+    words = {"images": "images, for the weights of one seed"}
+    parts = [
+        f"{words.get(over, over)}{f' of {_named(of)}' if len(names) > 1 else ''}"
+        for over, of in names.items()
+    ]
+    return f"intervals over {'; over '.join(parts)}"
 
 
 def _parts(told: dict[int, list[str]], signed: dict[str, str], reference: str) -> list[str]:

@@ -18,7 +18,7 @@ from .estimates import Estimate
 from .figures import Drawn, draw_all, fewer_seeds, in_words
 from .folder import write_json
 from .matrix import Cell, Failure
-from .reading import read_results
+from .reading import read_results, warnings
 from .results import (
     HEADLINES,
     LEAKAGES,
@@ -60,7 +60,7 @@ def write_report(
         _save(drawn, folder / "figures")
     _write_csv(folder / "results.csv", collected)
     path = folder / "results.json"
-    write_json(path, _as_json(collected, failures))
+    write_json(path, _as_json(collected, reading, failures))
     with replacing(folder / "report.html") as page:
         page.write_text(_page(collected, reading, figures, failures), encoding="utf-8")
     _print(collected, reading)
@@ -118,7 +118,7 @@ def _entry(results: StudyResults, run: str, metric: str, evaluation: str) -> str
     if not by_seed:
         runs = results.study.runs if evaluation in PHASES else _of(results, evaluation).runs
         done = results.metrics.get(run, {}).get(evaluation)
-        return "" if run not in runs or done or evaluation in PHASES else "failed"
+        return "" if run not in runs or done or evaluation in PHASES else "missing"
     return _in_words(results, results.estimate(metric, run, evaluation), metric)
 
 
@@ -143,6 +143,7 @@ def _page(
     return render(
         "report.html.j2",
         study=study,
+        warnings=warnings(results),
         reading=reading,
         tables=[_as_rows(results, table) for table in _tables(results)],
         figures=[figure(drawn.figure, drawn.alt, drawn.caption) for drawn in figures],
@@ -161,7 +162,17 @@ def _scale(results: StudyResults, table: _Table) -> str:
     if number == 1:
         return f"one seed; {of_one}" if table.of_probe else "one seed"
     scale = f"mean ± half of the 95 % interval over {number} seeds (Student's t)"
-    return f"{scale}; {of_one}" if table.of_probe else scale
+    return f"{scale} and the images; {of_one}" if table.of_probe else scale
+
+
+def _scale_of_differences(results: StudyResults, table: _Table) -> str:
+    if len(results.study.seeds) == 1:
+        return "points; one seed"
+    images = " and the images" if table.of_probe else ""
+    return (
+        f"points, paired over the seeds, with the 95 % interval over the seeds{images}; "
+        "above, below: it excludes zero; open: it does not"
+    )
 
 
 def _as_rows(results: StudyResults, table: _Table) -> dict[str, Any]:
@@ -195,6 +206,7 @@ def _as_rows(results: StudyResults, table: _Table) -> dict[str, Any]:
         "title": table.title[0].upper() + table.title[1:],
         "unit": table.unit,
         "scale": _scale(results, table),
+        "scale of differences": _scale_of_differences(results, table),
         "values": _grid(values, names, columns),
         "differences": _grid(
             differences,
@@ -338,10 +350,14 @@ def _write_csv(path: Path, results: StudyResults) -> None:
                     writer.writerow((run, evaluation, seed, metric, measured.to_json()["value"]))
 
 
-def _as_json(results: StudyResults, failures: Sequence[Failure]) -> dict[str, Any]:
+def _as_json(
+    results: StudyResults, reading: Sequence[str], failures: Sequence[Failure]
+) -> dict[str, Any]:
     study = results.study
     content: dict[str, Any] = {"study": study.name, "about": study.about, "paper": study.paper}
-    content |= {"baseline": study.baseline, "seeds": study.seeds}
+    content |= {"baseline": study.baseline, "seeds": study.seeds, "warnings": warnings(results)}
+    content |= {"reading": reading, "runs": [*study.runs], "evaluations": [*study.evaluations]}
+    content["devices"] = sorted({t.device for t in results.trainings.values() if t.device})
     content["versions"] = []
     for training in results.trainings.values():
         if training.versions and training.versions not in content["versions"]:
@@ -354,6 +370,8 @@ def _as_json(results: StudyResults, failures: Sequence[Failure]) -> dict[str, An
         }
         for run in study.runs
     }
+    content["seconds of evaluations"] = _seconds_of_evaluations(results)
+    content |= _cost(results)
     content["failed"] = [{"title": title, "log": str(log)} for title, log in failures]
     for metric, places in results.values.items():
         content[metric] = [
@@ -372,6 +390,30 @@ def _as_json(results: StudyResults, failures: Sequence[Failure]) -> dict[str, An
     return content
 
 
+def _seconds_of_evaluations(results: StudyResults) -> dict[str, dict[str, dict[int, float]]]:
+    by_run: dict[str, dict[str, dict[int, float]]] = {}
+    for cell, seconds in results.seconds.items():
+        by_run.setdefault(cell.run, {}).setdefault(cell.evaluation, {})[cell.seed] = seconds
+    return by_run
+
+
+def _cost(results: StudyResults) -> dict[str, Any]:
+    """What the tasks took, with a core for each of their workers, and what they did in it."""
+    study = results.study
+    done = [each for each in results.trainings.values() if each.seconds is not None]
+    solvers = [config["SOLVER"] for each in done if (config := each.read_config())]
+    of_trainings = study.workers * sum(each.seconds for each in done)
+    of_evaluations = sum(
+        seconds * study.evaluations[cell.evaluation].workers
+        for cell, seconds in results.seconds.items()
+    )
+    return {
+        "minutes on a core": {"trainings": of_trainings / 60, "evaluations": of_evaluations / 60},
+        "number": {"trainings": len(done), "evaluations": len(results.seconds)},
+        "images trained on": sum(each["MAX_ITER"] * each["IMS_PER_BATCH"] for each in solvers),
+    }
+
+
 def _estimate_as_json(found: Estimate) -> dict[str, Any]:
     ends = found.to_json()
     return {
@@ -388,6 +430,7 @@ def _print(results: StudyResults, reading: Sequence[str]) -> None:
     """Each table, runs by columns, the longer of the two downwards; then the reading."""
     number = len(results.study.seeds)
     meaning = "one seed" if number == 1 else f"{number} seeds: mean ± half of the 95 % interval"
+    over_images = "" if number == 1 else " over seeds and images"
     for table in _tables(results):
         # The modes of a probe, with an interval each, are too wide for a terminal.
         columns = [c for c in table.columns if not table.of_probe or not c[1].endswith(_MODES)]
@@ -399,7 +442,8 @@ def _print(results: StudyResults, reading: Sequence[str]) -> None:
         rows.insert(0, ["", *(header for header, _, _ in columns)])
         if len(columns) > len(results.study.runs):
             rows = list(zip(*rows, strict=True))
-        print(f"\n{table.title[0].upper()}{table.title[1:]}, {meaning}\n")
+        over = over_images if table.of_probe else ""
+        print(f"\n{table.title[0].upper()}{table.title[1:]}, {meaning}{over}\n")
         print(tabulate(rows, "firstrow", tablefmt="simple", disable_numparse=True))
-    for sentence in reading:
+    for sentence in (*(f"Warning: {each}" for each in warnings(results)), *reading):
         print(f"\n{sentence}")

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ..metrics import EVALUATION, PROBE, Metric
-from .estimates import Estimate, estimate, paired_difference
+from .estimates import Estimate, estimate, minus, paired_difference, with_images
 from .matrix import Cell
 from .study_file import Study
 
@@ -71,12 +71,14 @@ class StudyResults:
         values: by metric, by run and evaluation, by seed.
         metrics: what each evaluation wrote, by run, evaluation and seed.
         trainings: by run and seed.
+        seconds: of each evaluation that has a task of its own, with its recalibration.
     """
 
     study: Study
     values: dict[str, dict[tuple[str, str], dict[int, Estimate]]] = field(default_factory=dict)
     metrics: dict[str, dict[str, dict[int, Any]]] = field(default_factory=dict)
     trainings: dict[tuple[str, int], Training] = field(default_factory=dict)
+    seconds: dict[Cell, float] = field(default_factory=dict)
 
     def add(self, metric: str, cell: Cell, measured: Estimate) -> None:
         """Keep a number."""
@@ -94,20 +96,34 @@ class StudyResults:
         return {seed: place[seed].to_json()["value"] for seed in sorted(place)}
 
     def estimate(self, metric: str, run: str, evaluation: str) -> Estimate:
-        """Mean and interval over the seeds; with one seed, its interval over images if known."""
+        """Mean and interval over the seeds, and over the images where the probe has measured that.
+
+        Of one seed, the interval is over the images alone, if it is known.
+        """
         place = self.values.get(metric, {}).get((run, evaluation), {})
-        if len(place) == 1:
-            (measured,) = place.values()
-            if measured.has_interval:
-                return measured
-        return estimate([*self.by_seed(metric, run, evaluation).values()])
+        known = [measured for measured in place.values() if measured.is_known]
+        if len(known) == 1 and known[0].has_interval:
+            return known[0]
+        return with_images(estimate([*self.by_seed(metric, run, evaluation).values()]), known)
 
     def difference(self, metric: str, run: str, evaluation: str) -> Estimate:
-        """Difference to the baseline run under the same evaluation, paired over the seeds."""
-        return paired_difference(
+        """Difference to the baseline run under the same evaluation, paired over the seeds.
+
+        The images of both are the same, and their errors are taken for independent: images that
+        are easy for both make the interval too wide.
+        """
+        found = paired_difference(
             self.by_seed(metric, run, evaluation),
             self.by_seed(metric, self.study.baseline, evaluation),
         )
+        own, reference = (
+            self.values.get(metric, {}).get((name, evaluation), {})
+            for name in (run, self.study.baseline)
+        )
+        if own is reference:
+            return found
+        common = [seed for seed in own if seed in reference]
+        return with_images(found, [minus(own[seed], reference[seed]) for seed in common])
 
 
 def collect_results(study: Study, results: Mapping[Cell, Path], folder: Path) -> StudyResults:
@@ -134,6 +150,10 @@ def collect_results(study: Study, results: Mapping[Cell, Path], folder: Path) ->
             _add_probe(collected, cell, content)
         by_run = collected.metrics.setdefault(cell.run, {})
         by_run.setdefault(cell.evaluation, {})[cell.seed] = content
+        place = folder / cell.run / f"seed_{cell.seed}" / "evaluations" / cell.evaluation
+        records = [_read_json(place / f"{name}.json") for name in ("recalibration", "evaluation")]
+        if any(records):
+            collected.seconds[cell] = sum(record.get("seconds", 0.0) for record in records)
     for run in study.runs:
         for seed in study.seeds:
             place = folder / run / f"seed_{seed}"

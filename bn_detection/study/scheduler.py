@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 
 from ..files import FolderLock
 from .display import Display, Running
+from .durations import Budget, Durations
 from .executors import Executor, SubmissionError, is_done
 from .matrix import Task
 
@@ -33,6 +32,7 @@ def execute(
     lock: FolderLock | None = None,
     *,
     display: Display | None = None,
+    budget: Budget | None = None,
 ) -> list[Task]:
     """Run the tasks that have no record yet, each once what it needs is done.
 
@@ -45,16 +45,19 @@ def execute(
         executor: runs them.
         lock: of the folder of the study, which the tasks share; looked at every second.
         display: shows them.
+        budget: a task that cannot be expected to end in it does not start, and what runs at its end
+            is ended as by Ctrl-C.
 
     Returns:
-        The tasks that failed or were left out, in the order of ``tasks``.
+        The tasks that failed or were left out, in the order of ``tasks``; not those for which there
+        was no time.
 
     Raises:
         FolderError: the disk is full, or the folder was removed. What ran has been ended.
         SubmissionError: nothing could be submitted.
         KeyboardInterrupt: Ctrl-C. As after any other error, jobs of Slurm go on.
     """
-    scheduler = _Scheduler(tasks, executor, lock, display or Display())
+    scheduler = _Scheduler(tasks, executor, lock, display or Display(), budget)
     try:
         with scheduler.display:
             scheduler.run()
@@ -65,7 +68,7 @@ def execute(
         left = executor.leave()
         if isinstance(error, KeyboardInterrupt | SystemExit):
             print(
-                f"\nInterrupted. {len(scheduler.seconds)} of {len(tasks)} tasks are done, and "
+                f"\nInterrupted. {len(scheduler.done)} of {len(tasks)} tasks are done, and "
                 f"kept; a training goes on from its last checkpoint. {left}The same command goes "
                 "on from here.",
                 flush=True,
@@ -78,13 +81,20 @@ def execute(
 
 class _Scheduler:
     def __init__(
-        self, tasks: Sequence[Task], executor: Executor, lock: FolderLock | None, display: Display
+        self,
+        tasks: Sequence[Task],
+        executor: Executor,
+        lock: FolderLock | None,
+        display: Display,
+        budget: Budget | None,
     ) -> None:
         self.display = display
         self.failed: set[Task] = set()
-        # Of those that are done.
-        self.seconds: dict[Task, float] = {}
-        self._executor, self._lock = executor, lock
+        self.done: set[Task] = set()
+        self._durations = Durations()
+        # For which there is no time.
+        self._late: set[Task] = set()
+        self._executor, self._lock, self._budget = executor, lock, budget
         self._titles = {
             task: f"[{number} of {len(tasks)}] {task.title}" for number, task in enumerate(tasks, 1)
         }
@@ -104,6 +114,8 @@ class _Scheduler:
                 status = self._executor.status(task)
                 if status is not None:
                     self._end(task, self._running.pop(task), status)
+            if self._budget and self._budget.seconds <= 0:
+                self._end_all()
             self.display.show(list(self._running.values()), self._state())
             if self._running or self._next_try:
                 time.sleep(self._executor.seconds_between_polls)
@@ -132,7 +144,9 @@ class _Scheduler:
                     self._waiting.remove(task)
                     self.failed.add(task)
                     self._say(task, "left out, for what it needs failed")
-                elif task.needs is None or task.needs in self.seconds:
+                elif task.needs in self._late:
+                    self._put_off(task)
+                elif task.needs is None or task.needs in self.done:
                     self._start_one(task)
             self._next_try = None
         except SubmissionError as error:
@@ -145,12 +159,32 @@ class _Scheduler:
     def _start_one(self, task: Task) -> None:
         if len(self._running) >= self._executor.jobs:
             return
+        if self._budget and not self._budget.allows(self._durations.expected(task)):
+            self._put_off(task)
+            return
         left = self._time_left()
         # What an earlier attempt said is not news.
         task.log.unlink(missing_ok=True)
         self._executor.start(task, (self._lock.descriptor,) if self._lock else ())
         print(f"{self._titles[task]}{left and f' (study: {left})'}", flush=True)
         self._set_running(task)
+
+    def _put_off(self, task: Task) -> None:
+        self._waiting.remove(task)
+        self._late.add(task)
+
+    def _end_all(self) -> None:
+        """The time is up."""
+        if self._running:
+            self._executor.cancel()
+        for task, running in self._running.items():
+            if is_done(task):
+                self._say_done(task, f"done in {running.seconds:.0f} s")
+            else:
+                self._say(task, f"ended after {running.seconds:.0f} s, as the time is up")
+        self._late |= {*self._waiting, *self._running} - self.done
+        self._waiting.clear()
+        self._running.clear()
 
     def _set_running(self, task: Task) -> None:
         self._waiting.remove(task)
@@ -189,26 +223,21 @@ class _Scheduler:
         print(f"{self._titles[task]}: {what}", flush=True)
 
     def _say_done(self, task: Task, what: str) -> None:
-        self.seconds[task] = json.loads(task.record.read_text())["seconds"]
+        self.done.add(task)
+        self._durations.add(task)
         self._say(task, what)
 
     def _state(self) -> str:
-        parts = [f"{len(self.seconds)} of {len(self._titles)} done"]
+        parts = [f"{len(self.done)} of {len(self._titles)} done"]
         parts += [f"{len(self.failed)} failed or left out"] if self.failed else []
         return ", ".join([*parts, left] if (left := self._time_left()) else parts)
 
     def _time_left(self) -> str:
         """What all tasks that are not done will take, once one of each kind is."""
-        of_kind: dict[str, list[float]] = {}
-        for task, seconds in self.seconds.items():
-            of_kind.setdefault(task.kind, []).append(seconds)
-        missing = {*self._waiting, *self._running}
-        if not missing or not all(task.kind in of_kind for task in missing):
-            return ""
+        missing = [*self._waiting, *self._running]
         passed = {task: running.seconds for task, running in self._running.items()}
-        left = sum(max(mean(of_kind[task.kind]) - passed.get(task, 0), 0) for task in missing)
-        minutes = left / min(self._executor.jobs, len(missing)) / 60
-        return f"about {max(minutes, 1):.0f} min left"
+        minutes, unknown = self._durations.minutes_left(missing, self._executor.jobs, passed)
+        return f"about {max(minutes, 1):.0f} min left" if missing and not unknown else ""
 
 
 def _is_full(folder: Path) -> bool:
