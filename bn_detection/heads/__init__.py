@@ -13,6 +13,7 @@ from .roi_heads import (
     Head,
     PartitionedHead,
 )
+from .timm_backbone import TimmBackbone
 
 __all__ = [
     "FROZEN",
@@ -30,6 +31,7 @@ __all__ = [
     "PartitionedHead",
     "SmallConvBackbone",
     "SmallPyramidBackbone",
+    "TimmBackbone",
     "configure_model",
     "convert_norm",
     "level_options",
