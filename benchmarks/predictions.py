@@ -1,8 +1,8 @@
 """Does a diagnosis come true? Models are diagnosed, cured as it proposes, and compared.
 
 Each case trains a small detector with one fault, or with none, and diagnoses it. What a finding
-proposes is applied: its YAML in another training, or its statistics by bn-detection recalibrate. The
-AP that this gains, with a bootstrap over images, stands against the cost that the finding named.
+proposes is applied: its YAML in another training, or its statistics by bn-detection recalibrate.
+The AP that this gains, with a bootstrap over images, stands against the cost that the finding named.
 
     python benchmarks/predictions.py --output-dir output/predictions
     python benchmarks/predictions.py --output-dir output/predictions --cases stale contrast
