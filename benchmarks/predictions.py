@@ -2,7 +2,7 @@
 
 Each case trains a small detector with one fault, or with none, and diagnoses it. What a finding
 proposes is applied: its YAML in another training, or its statistics by bn-detection recalibrate.
-The AP that this gains, with a bootstrap over images, stands against the cost that the finding named.
+The AP that this gains, with a bootstrap over images, stands against the cost that it named.
 
     python benchmarks/predictions.py --output-dir output/predictions
     python benchmarks/predictions.py --output-dir output/predictions --cases stale contrast
@@ -18,7 +18,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -229,30 +229,34 @@ class Runner:
     def detections(self, name: str, folder: str, weights: Path, *more: Mapping[str, Any]) -> Path:
         """What a checkpoint finds in the images of a case."""
         output = self._folder / name / folder / "evaluation"
-        self.run(
-            output / f"eval_{weights.stem}_population" / "results.json",
+        kind = "batch" if "batch" in folder else "population"
+        done = self.run(
+            output / f"eval_{weights.stem}_{kind}" / "results.json",
             *("train", *self.config(name, folder, *more), "--eval-only"),
             *("OUTPUT_DIR", output, "MODEL.WEIGHTS", weights),
         )
-        (found,) = output.glob("*/*/coco_instances_results.json")
+        (found,) = done.parent.glob("*/coco_instances_results.json")
         return found
 
-    def cure(self, name: str, finding: Mapping[str, Any]) -> tuple[str, Path]:
+    def cures(self, name: str, finding: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
         """Do what a finding proposes; says what was done, and gives the detections."""
-        folder, fix = finding["id"], finding["fix"]
-        if finding["id"] not in RECALIBRATED:
-            return "trained again", self.detections(
-                name, folder, self.train(name, folder, fix), fix
-            )
-        mix = ["--mix", "auto"] if finding["id"] == "BN302" else []
+        folder, fix, weights = finding["id"], finding["fix"], self.weights(name)
+        if folder == "BN201":
+            of_batch = {"BN": {"INFERENCE": "batch"}}
+            yield WITH_BATCH, self.detections(name, f"{folder} batch", weights, of_batch)
+        if folder not in RECALIBRATED:
+            again = self.train(name, folder, fix)
+            yield TRAINED, self.detections(name, folder, again, fix)
+            return
+        mix = ["--mix", "auto"] if folder == "BN302" else []
         modules = {"BN": {"MODULES": finding["layers"]}} if mix else fix
         output = self._folder / name / folder / "recalibrated.pth"
         self.run(
             output,
             *("recalibrate", *self.config(name, folder, modules), "--output", output, *mix),
-            *("MODEL.WEIGHTS", self.weights(name)),
+            *("MODEL.WEIGHTS", weights),
         )
-        return "recalibrated", self.detections(name, folder, output)
+        yield "recalibrated", self.detections(name, folder, output)
 
     def measure(self, name: str) -> dict[str, Any]:
         """The findings of a case, and what came of each."""
@@ -268,23 +272,24 @@ class Runner:
         findings = diagnosis["findings"] or [NO_FINDING]
         outcomes = []
         for finding in findings:
-            done, after = self.cure(name, finding)
-            gain, aps = compare(truth_of(case), before, after)
-            outcomes.append(
-                {
-                    "finding": finding["id"],
-                    "title": finding["title"],
-                    "predicted": finding["cost"],
-                    "cure": done,
-                    "before": aps[0],
-                    "after": aps[1],
-                    "gain": gain.to_json(),
-                }
-            )
+            for done, after in self.cures(name, finding):
+                gain, aps = compare(truth_of(case), before, after)
+                outcomes.append(
+                    {
+                        "finding": finding["id"],
+                        "title": finding["title"],
+                        "predicted": finding["cost"],
+                        "cure": done,
+                        "before": aps[0],
+                        "after": aps[1],
+                        "gain": gain.to_json(),
+                    }
+                )
         notes = [note["title"] for note in diagnosis["notes"] if note["id"] in RECALIBRATED]
         return {"case": name, "about": case.about, "outcomes": outcomes, "notes": notes}
 
 
+TRAINED, WITH_BATCH = "trained again", "inference with the batch"
 RECALIBRATED = ("BN103", "BN302", "none")
 """Findings whose cure needs no training; of "none" that is what is tried in vain, or not."""
 NO_FINDING: dict[str, Any] = {
@@ -339,36 +344,36 @@ def compare(truth: COCO, before: Path, after: Path) -> tuple[Estimate, tuple[flo
 
 
 def summarize(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How the predictions fared.
-
-    The slope is that of gain = slope x predicted, by least squares, with a bootstrap over models.
-    """
-    of_findings = [
-        outcome for case in cases for outcome in case["outcomes"] if outcome["finding"] != "none"
-    ]
-    told = [outcome for outcome in of_findings if outcome["predicted"]]
-    pairs = np.array([[o["predicted"]["value"], o["gain"]["value"]] for o in told])
-    drawn = resample(len(pairs), RESAMPLES)
-    x, y = pairs.T
-    slopes = (drawn @ (x * y)) / np.maximum(drawn @ (x * x), 1e-9)
-    silent = [o for case in cases for o in case["outcomes"] if o["finding"] == "none"]
+    """How the predictions fared: of cures without training, and of other trainings."""
+    every = [{**o, "case": case["case"]} for case in cases for o in case["outcomes"]]
+    found = [o for o in every if o["finding"] != "none"]
+    silent = [o for o in every if o["finding"] == "none"]
     return {
         "models": len(cases),
-        "findings": len(of_findings),
-        "with a predicted cost": len(told),
-        "slope": Estimate.of(slopes, len(pairs)).to_json(),
+        "findings": len({(o["case"], o["finding"]) for o in found}),
+        "without training": _fared([o for o in found if o["cure"] != TRAINED]),
+        "trained again": _fared([o for o in found if o["cure"] == TRAINED]),
+        "models without a finding": len(silent),
+        "of them, gains missed": [o["case"] for o in silent if o["gain"]["low"] > 0],
+    }
+
+
+def _fared(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The slope is of gain = slope x cost, least squares, with a bootstrap over the cures."""
+    told = [o for o in outcomes if o["predicted"]]
+    x, y = np.array([[o["predicted"]["value"], o["gain"]["value"]] for o in told]).T
+    drawn = resample(len(x), RESAMPLES)
+    slopes = (drawn @ (x * y)) / np.maximum(drawn @ (x * x), 1e-9)
+    nothing = [o for o in outcomes if o["gain"]["low"] <= 0]
+    return {
+        "cures": len(outcomes),
+        "with a likely cost": len(told),
+        "slope": Estimate.of(slopes, len(x)).to_json(),
         "rank correlation": float(spearmanr(x, y).statistic),
         "mean absolute error": float(np.abs(x - y).mean()),
         "intervals that overlap": sum(_overlap(o["predicted"], o["gain"]) for o in told),
-        "cures that gained": sum(o["gain"]["low"] > 0 for o in of_findings),
-        "false alarms": [
-            f"{case['case']}, {o['finding']}"
-            for case in cases
-            for o in case["outcomes"]
-            if o["finding"] != "none" and o["gain"]["low"] <= 0
-        ],
-        "models without a finding": len(silent),
-        "of them, gains missed": sum(o["gain"]["low"] > 0 for o in silent),
+        "gained": len(outcomes) - len(nothing),
+        "gained nothing for certain": [f"{o['case']}, {o['finding']}" for o in nothing],
     }
 
 
@@ -377,31 +382,34 @@ def _overlap(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
 
 
 def draw(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """What was predicted, and what came."""
-    styles = {"trained again": ("C0", "o"), "recalibrated": ("C1", "s")}
-    figure, axes = plt.subplots(figsize=(7.5, 6))
-    most = 0.0
-    for case in cases:
-        for o in case["outcomes"]:
+    """What was predicted, and what came: of cures without training, and of other trainings."""
+    every = [{**o, "case": case["case"]} for case in cases for o in case["outcomes"]]
+    figure, both = plt.subplots(1, 2, figsize=(11, 5.2), sharex=True, sharey=True)
+    titles = ("without training: recalibrated, or with the batch", "trained again with the YAML")
+    for axes, title, trained in zip(both, titles, (False, True), strict=True):
+        for o in every:
+            if (o["cure"] == TRAINED) != trained:
+                continue
             predicted = o["predicted"] or {"value": 0.0, "low": 0.0, "high": 0.0}
-            color, marker = ("0.5", "x") if not o["predicted"] else styles[o["cure"]]
+            color = COLORS[o["finding"]] if o["predicted"] else "0.6"
             (x, x_ends), (y, y_ends) = map(_bars, (predicted, o["gain"]))
-            axes.errorbar(x, y, y_ends, x_ends, color=color, marker=marker, lw=1, capsize=2)
-            name = case["case"] if o["finding"] == "none" else f"{case['case']} ({o['finding']})"
-            axes.annotate(name, (x, y), (4, 4), textcoords="offset points", size=7)
-            most = max(most, x + x_ends[1][0], y + y_ends[1][0])
-    axes.axline((0, 0), slope=1, color="0.7", lw=1, zorder=0)
-    axes.axhline(0, color="0.85", lw=1, zorder=0)
-    axes.set_xlabel("likely cost that the diagnosis names, points of box AP")
-    axes.set_ylabel("box AP gained by its cure, points")
-    for label, (color, marker) in styles.items():
-        axes.plot([], [], color=color, marker=marker, ls="", label=label)
-    axes.plot([], [], color="0.5", marker="x", ls="", label="no cost named, or no finding")
-    axes.legend(loc="upper left", frameon=False)
-    axes.margins(0.08)
+            axes.errorbar(x, y, y_ends, x_ends, color=color, marker="o", ms=4, lw=1, capsize=2)
+            axes.annotate(o["case"], (x, y), (5, 3), textcoords="offset points", size=7)
+        axes.axline((0, 0), slope=1, color="0.7", lw=1, zorder=0)
+        axes.axhline(0, color="0.85", lw=1, zorder=0)
+        axes.set_title(title, size=10)
+        axes.set_xlabel("likely cost that the finding names, points of box AP")
+        axes.margins(0.12)
+    both[0].set_ylabel("box AP gained by the cure, points")
+    for label, color in {**COLORS, "no cost named, or no finding": "0.6"}.items():
+        both[1].plot([], [], color=color, marker="o", ls="", label=label)
+    both[1].legend(loc="upper left", frameon=False, fontsize=8)
     figure.tight_layout()
     with replacing(path) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=130)
+        figure.savefig(unfinished, format="png", dpi=110)
+
+
+COLORS = {"BN103": "C0", "BN201": "C1", "BN202": "C2", "BN302": "C3", "BN501": "C4"}
 
 
 def _bars(estimate: Mapping[str, float]) -> tuple[float, list[list[float]]]:
