@@ -123,6 +123,11 @@ class Results:
         return self._content is not None
 
     @property
+    def evaluations(self) -> list[str]:
+        """The names of the evaluations; none where it was not run."""
+        return self._content["evaluations"] if self._content else []
+
+    @property
     def not_run(self) -> str:
         """What a page says in place of results."""
         minutes = self._pages.minutes_expected(self._name)

@@ -23,7 +23,7 @@ from bn_detection.config import ConfigError
 from bn_detection.engine.checkpoint import AtomicCheckpointer
 from bn_detection.study import process
 from bn_detection.study.display import Display, Running
-from bn_detection.study.durations import Budget
+from bn_detection.study.durations import Budget, Durations
 from bn_detection.study.executors import LocalExecutor
 from bn_detection.study.folder import claimed
 from bn_detection.study.matrix import Task
@@ -141,6 +141,24 @@ def test_what_a_training_took_before_is_not_expected_of_it_again(tmp_path: Path)
         one.record.with_suffix(".seconds").write_text("570.0")
     failed, names = in_minutes([*kinds, first, training, evaluation], 1)
     assert (failed, names) == ([], ["b done", "c done", "a", "b"])
+
+
+def test_what_is_left_is_guessed_from_other_kinds_where_none_of_a_kind_is_done(
+    tmp_path: Path,
+) -> None:
+    done, training, other, last = (task(tmp_path, name, "pass") for name in "abcd")
+    done.images, training.images = 100, 300
+    done.record.write_text('{"seconds": 200}')
+    training.record.with_suffix(".seconds").write_text("60.0")
+    durations = Durations([done])
+    assert durations.expected(training) is None
+    # 2 s an image, of which a minute is done; nothing is known of what is no training.
+    assert durations.guess(training) == 540
+    assert durations.minutes_left([training, other], 1, others=durations) == (9, 1)
+    last.record.write_text('{"seconds": 30}')
+    durations.add(last)
+    assert durations.minutes_left([training, other], 2, others=durations) == (4.75, 0)
+    assert durations.minutes_left([training, other], 2) == (0, 2)
 
 
 @pytest.mark.timeout(60)

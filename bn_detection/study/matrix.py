@@ -49,6 +49,7 @@ class Task:
         record: JSON file that is there once the command has succeeded, with its seconds.
         needs: the task whose output it uses.
         leftovers: files and folders of an interrupted attempt, removed before the next.
+        images: of a training, that it sees; 0 of other tasks.
     """
 
     title: str
@@ -57,6 +58,7 @@ class Task:
     record: Path
     needs: Task | None = None
     leftovers: tuple[Path, ...] = ()
+    images: int = 0
 
     @property
     def log(self) -> Path:
@@ -133,13 +135,14 @@ class _Planner:
         workers = self._study.workers
         options = self._options(name, seed, {}, output)
         check = partial(self._check_training, name)
-        self.configs[name] = self._check(name, f"run {name}", options, check)
+        cfg = self.configs[name] = self._check(name, f"run {name}", options, check)
         training = self._add(
             f"{name}, seed {seed}: training",
             "training",
             self._command("train", name, workers, options, "--resume"),
             output / "training.json",
         )
+        training.images = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH
         for other, evaluation in self._study.evaluations.items():
             if name in evaluation.runs:
                 cell = Cell(name, other, seed)

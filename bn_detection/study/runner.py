@@ -136,23 +136,25 @@ def _left(planned: _Planned) -> list[Task]:
 def _say_left(all_planned: Sequence[_Planned], minutes: float) -> None:
     """Say what there was no time for: study by study, and on the last line in all."""
     states = []
+    all_done = [task for each in all_planned for task in each.plan.tasks if is_done(task)]
     number = number_left = unknown = 0
     minutes_left = 0.0
     for each in all_planned:
         tasks, left = each.plan.tasks, _left(each)
         durations = Durations(task for task in tasks if task not in left)
-        of_study, unknown_of_study = durations.minutes_left(left, each.executor.jobs)
+        of_study, unknown_of_study = durations.minutes_left(
+            left, each.executor.jobs, others=Durations(all_done)
+        )
         minutes_left, unknown = minutes_left + of_study, unknown + unknown_of_study
         number, number_left = number + len(tasks), number_left + len(left)
         nothing = ", nothing yet" if len(left) == len(tasks) else ""
         states.append(f"{each.study.name} {len(tasks) - len(left)} of {len(tasks)}{nothing}")
     print(f"\nStopped by --minutes {minutes:g}. Tasks done: {'; '.join(states)}.")
-    known = f"about {max(minutes_left, 1):.0f} min are left to do"
-    of_no_kind = f"{unknown:,} tasks of kinds that have not been done yet"
-    what = known if not unknown else f"{known}, and {of_no_kind}"
-    what = f"{of_no_kind} are left to do" if unknown == number_left else what
+    parts = [f"about {max(minutes_left, 1):.0f} min"] if unknown < number_left else []
+    parts += [f"{unknown:,} tasks whose time is not known yet"] if unknown else []
     print(
-        f"{number - number_left:,} of {number:,} tasks are done; {what}. The same command goes on.",
+        f"{number - number_left:,} of {number:,} tasks are done; {' and '.join(parts)} are left to "
+        "do. The same command goes on.",
         flush=True,
     )
 

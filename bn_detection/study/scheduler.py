@@ -236,7 +236,9 @@ class _Scheduler:
         """What all tasks that are not done will take, once one of each kind is."""
         missing = [*self._waiting, *self._running]
         passed = {task: running.seconds for task, running in self._running.items()}
-        minutes, unknown = self._durations.minutes_left(missing, self._executor.jobs, passed)
+        minutes, unknown = self._durations.minutes_left(
+            missing, self._executor.jobs, running=passed
+        )
         return f"about {max(minutes, 1):.0f} min left" if missing and not unknown else ""
 
 
