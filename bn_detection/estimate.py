@@ -26,7 +26,7 @@ class Estimate:
         low: lower end of the interval.
         high: upper end.
         number: of the values that it is a mean of.
-        over: what the interval is over: "images" or "seeds".
+        over: what the interval is over: "images", "seeds", or "seeds and images".
     """
 
     value: float

@@ -128,10 +128,18 @@ class Results:
         return self._content["evaluations"] if self._content else []
 
     @property
+    def cost(self) -> str:
+        """Such as "40 minutes on a core": measured, or with an "about" expected; or empty."""
+        if self._content is None:
+            minutes = self._pages.minutes_expected(self._name)
+            return "" if minutes is None else f"about {minutes:,.0f} minutes on a core"
+        minutes = sum(self._content["minutes on a core"].values())
+        return f"{minutes:,.0f} minutes on a core" if minutes >= 1 else "less than a minute"
+
+    @property
     def not_run(self) -> str:
         """What a page says in place of results."""
-        minutes = self._pages.minutes_expected(self._name)
-        return f"Not run{'' if minutes is None else f'; about {minutes:,.0f} minutes on a core'}."
+        return f"Not run; {self.cost}." if self.cost else "Not run."
 
     @property
     def run_with(self) -> str:
@@ -147,10 +155,8 @@ class Results:
         )
         images = ", of the probe over seeds and images" if probe and seeds[1:] else ""
         number = f"{len(seeds)} seeds" if seeds[1:] else "One seed"
-        minutes = sum(self._content["minutes on a core"].values())
-        cost = f"{minutes:,.0f} minutes on a core" if minutes >= 1 else "less than a minute"
         devices = ", ".join(self._content["devices"]) or "a device that is not recorded"
-        text = f"{number}{intervals}{images}. {cost} ({devices})."
+        text = f"{number}{intervals}{images}. {self.cost.capitalize()} ({devices})."
         return " ".join([text, *self._content["warnings"]])
 
     def value(self, run: str, evaluation: str, metric: str = BOX_AP) -> str:
