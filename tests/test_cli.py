@@ -23,6 +23,7 @@ TOOLS = {
     "install_detectron2": "install-detectron2",
     **{name: name for name in ("diagnose", "probe", "recalibrate", "study", "demo")},
     **{"train_net": "train", "plot_trace": "plot-trace", "make_leaky_shapes": "make-leaky-shapes"},
+    "leak_potential": "leak-potential",
 }
 START_SECONDS = 0.3
 every_command = pytest.mark.parametrize("command", cli.COMMANDS)
