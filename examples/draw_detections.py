@@ -27,6 +27,7 @@ from detectron2.utils.visualizer import Visualizer
 import bn_detection
 from bn_detection.engine import load_config
 
+_FILE = "coco_instances_results.json"
 COLORS = ("#ffd400", "#ff4b4b", "#2a8cff", "#3ddc84", "#ff7ae0", "#00e0e0")
 """Of the classes, in their order."""
 
@@ -49,9 +50,11 @@ def detections(study: Path, column: str, seed: str) -> list[dict[str, Any]]:
     run, _, evaluation = column.partition("/")
     training = study / run / f"seed_{seed}"
     folder = training / "evaluations" / evaluation
-    files = sorted((folder if folder.is_dir() else training).glob("**/coco_instances_results.json"))
-    if not files:
-        raise SystemExit(f"{folder}: no detections are there.")
+    # That which ends the training has no folder of its own.
+    pattern = "eval_*" if folder.is_dir() else "inference"
+    files = [*(folder if folder.is_dir() else training).glob(f"{pattern}/*/{_FILE}")]
+    if len(files) != 1:
+        raise SystemExit(f"{folder}: {len(files)} files of detections are there, not one.")
     found: list[dict[str, Any]] = json.loads(files[0].read_text())
     return found
 

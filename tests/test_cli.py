@@ -24,6 +24,7 @@ TOOLS = {
     **{name: name for name in ("diagnose", "probe", "recalibrate", "study", "demo")},
     **{"train_net": "train", "plot_trace": "plot-trace", "make_leaky_shapes": "make-leaky-shapes"},
     "voc_to_coco": "voc-to-coco",
+    "leak_potential": "leak-potential",
 }
 START_SECONDS = 0.3
 every_command = pytest.mark.parametrize("command", cli.COMMANDS)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
 from bn_detection.config import ConfigError
+from bn_detection.data import LeakyShapesConfig, find_builtin
 from bn_detection.engine import check_config, load_config
 from bn_detection.leakage import images_per_worker
 from bn_detection.study.matrix import plan
@@ -39,10 +41,28 @@ def write_study(folder: Path, text: str) -> Path:
 
 
 def test_every_study_has_a_quickstart_and_a_coco_form() -> None:
-    for folder in (STUDIES, STUDIES / "coco"):
-        assert {path.name for path in folder.iterdir() if path.is_file()} == {
+    for folder, own in ((STUDIES, {"dials.yaml"}), (STUDIES / "coco", set())):
+        assert {path.name for path in folder.iterdir() if path.is_file()} - own == {
             f"{name}.yaml" for name in NAMES
         }
+
+
+def test_a_run_of_dials_turns_the_dial_of_its_name_alone() -> None:
+    """Those of LeakyShapes, in both splits: COCO has none, so this study has one form."""
+    study = read_study(STUDIES / "dials.yaml")
+    turned = set()
+    for name, run in study.runs.items():
+        dial, _, value = name.partition("=")
+        if "DATASETS.TRAIN" in run.overrides:
+            (train,), (test,) = (run.overrides[f"DATASETS.{key}"] for key in ("TRAIN", "TEST"))
+            assert train.removesuffix("train") == test.removesuffix("val")
+            found = find_builtin(train).dials
+            number = float(value)
+            pair = isinstance(getattr(found, dial), tuple)
+            wanted = {dial: (int(number),) * 2 if pair else number}
+            assert found == dataclasses.replace(LeakyShapesConfig(), **wanted)
+            turned.add(dial)
+    assert len(turned) == 5
 
 
 @pytest.mark.parametrize("name", NAMES)

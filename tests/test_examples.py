@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from notebooks import run_notebook
+from PIL import Image
 from tooling import run_script
+
+from bn_detection.data import make_leaky_shapes
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -86,3 +91,28 @@ def test_notebook(tmp_path: Path) -> None:
     assert diagnosis.html.startswith("<iframe srcdoc=") and "roi_heads.box_head" in diagnosis.html
     assert "Statistics of 4 layers" in recalibration.html
     assert "The model has no BN layer whose batch could be changed" in other.html
+
+
+def test_draw_detections(tmp_path: Path) -> None:
+    """Detections that are the annotations look as these do; those of low scores are left out."""
+    made = make_leaky_shapes(tmp_path / "shapes", 2, 0, split="val")
+    training = tmp_path / "study" / "BN" / "seed_1"
+    batch = training / "evaluations" / "batch statistics"
+    entry = ["shapes", str(made.annotations), str(made.images)]
+    annotations = json.loads(made.annotations.read_text())["annotations"]
+    for folder, score in ((training / "inference", 0.9), (batch / "eval_model_final_batch", 0.1)):
+        (folder / "shapes").mkdir(parents=True)
+        found = [{**annotation, "score": score} for annotation in annotations]
+        (folder / "shapes" / "coco_instances_results.json").write_text(json.dumps(found))
+    config = {"DATASETS": {"COCO_JSON": [entry], "TEST": ["shapes"]}}
+    (training / "config.yaml").write_text(json.dumps(config))
+    columns = ("BN/population statistics", "BN/batch statistics")
+    output = tmp_path / "boxes.png"
+    arguments = ["--output", str(output), "--images", "1", "--columns", *columns]
+    run = example("draw_detections.py", str(training.parents[1]), *arguments)
+    assert run.returncode == 0, run.stdout + run.stderr
+    pixels = np.asarray(Image.open(output).convert("RGB")).astype(int)
+    # Colored pixels: what is grey is of LeakyShapes, and of the titles. Below is the legend.
+    colored = np.ptp(pixels, axis=2)[: int(0.8 * len(pixels))].max(axis=0) > 60
+    truth, population, none = np.array_split(colored, 3)
+    assert truth.sum() == population.sum() > 20 and none.sum() == 0

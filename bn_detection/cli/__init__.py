@@ -21,7 +21,7 @@ from ..shipped import find_config
 
 COMMANDS = (
     *("train", "diagnose", "probe", "recalibrate", "study", "demo"),
-    *("make-leaky-shapes", "voc-to-coco", "plot-trace", "install-detectron2"),
+    *("leak-potential", "make-leaky-shapes", "voc-to-coco", "plot-trace", "install-detectron2"),
 )
 _INTERMIXED = ("study", "demo")
 """Commands whose overrides may stand between flags; those of the others are at the end."""

@@ -6,6 +6,7 @@ from .by_layer import LayerLeakage
 from .from_config import measure_own_detections
 from .limits import LimitComparison, sampled_accuracy_limit
 from .on_detections import DetectionReport, measure_detections
+from .potential import LeakPotential, measure_leak_potential
 from .probe import (
     check_probe,
     check_probe_config,
@@ -21,6 +22,7 @@ __all__ = [
     "DetectionReport",
     "Estimate",
     "LayerLeakage",
+    "LeakPotential",
     "LeakageReport",
     "LimitComparison",
     "UnknownSecondStage",
@@ -29,6 +31,7 @@ __all__ = [
     "images_per_worker",
     "measure_detections",
     "measure_layers",
+    "measure_leak_potential",
     "measure_leakage",
     "measure_own_detections",
     "sampled_accuracy_limit",
