@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.layers import FrozenBatchNorm2d
 from PIL import Image
 from tiny_detectors import OwnDetector, items, own_detector, tiny_rcnn, without_norm
 from tooling import QUICKSTART
@@ -23,7 +24,7 @@ from bn_detection.cli import main
 from bn_detection.data import make_leaky_shapes, register_coco_json
 from bn_detection.detectors import detector_of
 from bn_detection.engine import Trainer, argument_parser, load_config
-from bn_detection.instrument import Images
+from bn_detection.instrument import Images, diagnosing
 
 pytestmark = pytest.mark.usefixtures("own_catalogs")
 
@@ -225,6 +226,35 @@ def test_cures_in_python_run() -> None:
         exec(finding.cure, {"bn_detection": bn_detection, "model": model, "data": items()})
     again = bn_detection.diagnose(model, items(), images_per_worker=1)
     assert "BN102" not in {finding.id for finding in again.findings}
+
+
+@pytest.mark.parametrize(("frozen", "rule"), [(True, "BN302"), (False, "BN103")])
+def test_far_statistics_are_tried(frozen: bool, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frozen layer, or a trained one; what is detected then has statistics of the data."""
+    model = tiny_rcnn()
+    norm = model.roi_heads.box_head[0][1]
+    norm.running_mean.fill_(9.0)
+    if frozen:
+        model.roi_heads.box_head[0][1] = FrozenBatchNorm2d.convert_frozen_batchnorm(norm)
+    seen: list[Tensor] = []
+    found = diagnosing.detections
+
+    def detections(detector: Any, batch: Any, masks: bool) -> Any:
+        seen.append(model.roi_heads.box_head[0][1].running_mean.clone())
+        return found(detector, batch, masks=masks)
+
+    monkeypatch.setattr(diagnosing, "detections", detections)
+    diagnosis = bn_detection.diagnose(model, items(), images_per_worker=1)
+    (item,) = [x for x in (*diagnosis.findings, *diagnosis.notes) if x.id == rule]
+    said = " ".join([item.title, *(x.text for x in item.evidence)])
+    assert "Box AP with the statistics of these images" in said
+    assert torch.equal(seen[0], torch.full_like(seen[0], 9.0))
+    # The weight of 12 images, of which 16 would count as much as the old ones.
+    expected = tiny_rcnn()
+    bn_detection.recalibrate(expected, items(), images_per_batch=1)
+    mean = expected.roi_heads.box_head[0][1].running_mean
+    weight = 12 / 28 if frozen else 1.0
+    assert torch.allclose(seen[1], torch.full_like(mean, 9.0).lerp(mean, weight), atol=1e-3)
 
 
 def test_diagnose_without_labels_and_without_bn() -> None:

@@ -23,6 +23,7 @@ from ..leakage.findings import (
 from ..leakage.from_config import detect, own_images
 from ..leakage.layers import LayerReport
 from ..leakage.on_detections import Detections
+from ..leakage.probe import check_probe_config
 from ..leakage.trial import Trial, having, measure_trial
 from ..population import (
     PopulationStatistics,
@@ -95,6 +96,7 @@ def run_trials(
             continue
         logger.info("Trial of the cure of %s", name)
         try:
+            check_probe_config(cfg)
             cured, statistics = cure(cfg, model, [x.name for x in layers], source)
             found[name] = _compare(cfg, model, cured, statistics)
         except (ConfigError, ValueError) as error:

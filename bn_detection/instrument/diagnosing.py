@@ -112,8 +112,11 @@ def diagnose(
         workers,
         False,
     )
-    if probe is not None:
-        examined = replace(examined, trials=_try(examined, detector, images, size))
+    if layers and images.have_labels:
+        try:
+            examined = replace(examined, trials=_try(examined, detector, images, size))
+        except ValueError as error:
+            left_out.append(f"What other statistics give: {error}")
     findings, notes = conclude(examined)
     settings |= {
         "seconds": round(time.monotonic() - start),
