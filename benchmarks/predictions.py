@@ -160,6 +160,12 @@ CASES = {
             ("fog", "fog:1"),
         )
     },
+    # docs/bccd.md says how its data are made.
+    "blood cells": Case(
+        "photographs, a frozen ImageNet backbone, an image a worker",
+        "bccd/faster_rcnn_bn.yaml",
+        {"BN.VIRTUAL_WORKERS": 2, "BN.VIRTUAL_LOSSES": True},
+    ),
     "frozen, contrast": Case(
         "frozen statistics of clean images",
         MASK_RCNN.format("shuffle"),

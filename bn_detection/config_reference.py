@@ -57,7 +57,7 @@ A value that cannot be is refused before the first iteration, by a message that 
 | `MODEL.ROI_BOX_HEAD.NORM`, `MODEL.ROI_MASK_HEAD.NORM`, `MODEL.RETINANET.NORM`, with these | the norms that `BN.CONVERT` lists below | [normalization.md](normalization.md) |
 | `MODEL.BACKBONE.NAME` | `"SmallConvBackbone"`, `"SmallPyramidBackbone"`, of the quickstart | |
 | `MODEL.BACKBONE.NAME` | `"build_timm_backbone"`, `"build_timm_fpn_backbone"`, `"build_retinanet_timm_fpn_backbone"` | [bccd.md](bccd.md#a-backbone-of-timm) |
-| `DATASETS.TRAIN`, `DATASETS.TEST` | names of embedded datasets, and `name@corruption:severity` | [domains.md](domains.md) |
+| `DATASETS.TRAIN`, `DATASETS.TEST` | names of embedded datasets, also with other dials, `leaky_shapes(cast_std=10)_train`, and `name@corruption:severity` | [when_it_leaks.md](when_it_leaks.md#datasets-with-other-dials), [domains.md](domains.md) |
 """  # noqa: E501
 
 

@@ -102,6 +102,17 @@ def signed(difference: float) -> str:
     return f"{'+' if difference > 0 else ''}{difference:.1f}".replace("-", MINUS)
 
 
+def number(value: float, places: int) -> str:
+    """A number with so many decimals and a minus sign, never "-0.0"."""
+    return f"{round(value, places) + 0.0:.{places}f}".replace("-", MINUS)
+
+
+def interval(found: Mapping[str, float], places: int) -> str:
+    """A value with its interval: "74.2 [72.0, 76.1]"."""
+    value, low, high = (number(found[key], places) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
 class Results:
     """The results of one study, as templates write them.
 
@@ -356,6 +367,8 @@ class Pages:
             "data": self.data,
             "table": table,
             "signed": signed,
+            "number": number,
+            "interval": interval,
             "costs": self.costs,
         }
         pages = {}
