@@ -83,7 +83,7 @@ def main(args: argparse.Namespace) -> None:
     figure, axes = plt.subplots(
         len(args.images),
         len(columns),
-        figsize=(2.4 * len(columns), 1.9 * len(args.images)),
+        figsize=(2.2 * len(columns), 1.75 * len(args.images)),
         squeeze=False,
         layout="constrained",
     )
