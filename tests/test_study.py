@@ -16,6 +16,7 @@ from tooling import run_script, run_tool, start_script
 from bn_detection.config import ConfigError
 from bn_detection.data import make_leaky_shapes
 from bn_detection.study import runner
+from bn_detection.study.durations import Budget
 from bn_detection.study.folder import claimed
 from bn_detection.study.matrix import Cell, Plan, plan
 from bn_detection.study.process import write_json
@@ -389,19 +390,23 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("quick")
 @pytest.mark.timeout(120)
 def test_several_studies_in_one_command_with_a_budget(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The time is over once the slow training runs, however fast the machine is."""
     (tmp_path / "studies").mkdir()
     write(tmp_path / "studies", STUDY, "a.yaml")
     second = write(tmp_path / "studies", STUDY.replace("GN:", "slow:"), "b.yaml")
     third = write(tmp_path, STUDY, "c.yaml")
     command = ["study", tmp_path / "studies", third, "SOLVER.MAX_ITER", "1", "--jobs", "1"]
     command += ["--output-dir", tmp_path / "out", "--minutes"]
-    ended = run_tool(*command, str(4 / 60))
+    slow = tmp_path / "out" / "b" / "slow" / "seed_1" / "training.log"
+    with monkeypatch.context() as patch:
+        patch.setattr(Budget, "seconds", property(lambda _: 0.0 if slow.exists() else 1000.0))
+        ended = run_tool(*command, "4")
     assert ended.status == 0, ended
     printed = capfd.readouterr().out
     assert printed.endswith(
-        "Stopped by --minutes 0.0666667. Tasks done: a 4 of 4; b 1 of 4; c 0 of 4, nothing yet.\n"
+        "Stopped by --minutes 4. Tasks done: a 4 of 4; b 1 of 4; c 0 of 4, nothing yet.\n"
         "5 of 12 tasks are done; about 1 min are left to do. The same command goes on.\n"
     )
     assert "[2 of 4] slow, seed 1: training: ended after" in printed
