@@ -262,7 +262,8 @@ class Runner:
             *("recalibrate", *self.config(name, folder, modules), "--output", output, *mix),
             *("MODEL.WEIGHTS", weights),
         )
-        yield "recalibrated", self.detections(name, folder, output)
+        levels = fix if folder == "BN205" else {}
+        yield "recalibrated", self.detections(name, folder, output, levels)
 
     def measure(self, name: str) -> dict[str, Any]:
         """The findings of a case, and what came of each."""
@@ -296,7 +297,7 @@ class Runner:
 
 
 TRAINED, WITH_BATCH = "trained again", "inference with the batch"
-RECALIBRATED = ("BN103", "BN302", "none")
+RECALIBRATED = ("BN103", "BN205", "BN302", "none")
 """Findings whose cure needs no training; of "none" that is what is tried in vain, or not."""
 NO_FINDING: dict[str, Any] = {
     "id": "none",
@@ -415,7 +416,7 @@ def draw(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
         figure.savefig(unfinished, format="png", dpi=110)
 
 
-COLORS = {"BN103": "C0", "BN201": "C1", "BN202": "C2", "BN302": "C3", "BN501": "C4"}
+COLORS = {"BN103": "C0", "BN201": "C1", "BN202": "C2", "BN205": "C5", "BN302": "C3", "BN501": "C4"}
 
 
 def _bars(estimate: Mapping[str, float]) -> tuple[float, list[list[float]]]:

@@ -222,6 +222,10 @@ CAUSES = {
     "each FPN level by itself": {
         "layers": [layer(BACKBONE, level_batches=True, levels_apart=estimate(1.0))]
     },
+    "normalize all FPN levels together": {
+        "more": ("MODEL.META_ARCHITECTURE", "BNRetinaNet"),
+        "layers": [layer("head.cls_subnet.1.0", level_populations=True)],
+    },
     "own running statistics": {
         "workers": 2,
         "averages_workers": False,
@@ -396,6 +400,7 @@ def test_one_batch_gives_a_note_and_no_finding_by_distance(batches: list[list[Te
 STATISTICS = {
     "BN103": layer(ema_to_precise=estimate(0.6)),
     "BN202": layer(level_batches=True, levels_apart=estimate(1.0)),
+    "BN205": layer(level_populations=True),
     "BN302": layer(BACKBONE, trains=False, ema_to_precise=estimate(2.0)),
 }
 
@@ -872,6 +877,13 @@ def test_levels_that_share_population_statistics_alone(data: Path, tmp_path: Pat
     tool(data, tmp_path / "shared", *more, config_file=config_file)
     layers = result(tmp_path / "shared")["layers"]
     assert all(not report["level_batches"] and len(report["levels"]) == 3 for report in layers)
+    assert not any(report["level_populations"] for report in layers)
+    config_file = QUICKSTART / "retinanet_shared_separate.yaml"
+    tool(data, tmp_path / "apart", *more, config_file=config_file)
+    found = result(tmp_path / "apart")
+    assert all(report["level_populations"] for report in found["layers"])
+    (finding,) = [x for x in found["findings"] if x["id"] == "BN205"]
+    assert finding["fix"]["BN"] == {"LEVELS": {"TRAIN": "shared", "POPULATION": "shared"}}
 
 
 SAMPLES = (

@@ -19,6 +19,7 @@ from ..leakage.findings import (
     configured_rules,
     frozen_far,
     stale,
+    together_in_training,
 )
 from ..leakage.from_config import detect, own_images
 from ..leakage.layers import LayerReport
@@ -86,7 +87,8 @@ def run_trials(
     rules = configured_rules(examined.cfg)
     cures: Mapping[str, tuple[list[LayerReport], Callable[..., _Cured]]] = {
         "BN103": (stale(examined, rules["BN103"]), _recalibrated),
-        "BN202": (apart_in_training(examined, rules["BN202"]), _levels_separated),
+        "BN202": (apart_in_training(examined, rules["BN202"]), partial(_levels, "separate")),
+        "BN205": (together_in_training(examined), partial(_levels, "shared")),
         "BN302": (frozen_far(examined, rules["BN302"]), _mixed),
     }
     found = {}
@@ -116,12 +118,14 @@ def _mixed(cfg: CfgNode, model: nn.Module, far: list[str], source: Source) -> _C
     return model, mix_statistics(model, statistics, weight)
 
 
-def _levels_separated(cfg: CfgNode, model: nn.Module, far: list[str], source: Source) -> _Cured:
-    """As BN.LEVELS.POPULATION separate, recalibrated."""
+def _levels(
+    population: str, cfg: CfgNode, model: nn.Module, far: list[str], source: Source
+) -> _Cured:
+    """As BN.LEVELS.POPULATION, recalibrated."""
     if cfg.MODEL.META_ARCHITECTURE != "BNRetinaNet":
         raise ConfigError(f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} has no levels.")
     cfg = cfg.clone()
-    cfg.BN.LEVELS.POPULATION = "separate"
+    cfg.BN.LEVELS.POPULATION = population
     cured = Trainer.build_model(cfg).train()
     StrictCheckpointer(cured).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
     return cured, source.collect(cured, modules=["head.*"])

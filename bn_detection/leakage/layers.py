@@ -81,6 +81,8 @@ class LayerReport:
         levels_apart: the largest of them.
         level_batches: whether each level is a normalization batch, while the levels share
             population statistics.
+        level_populations: whether each level has population statistics of its own, while the levels
+            share normalization batches.
         impossible: channels whose statistics are not finite, or whose variance is negative.
         dead: channels without variance or weight.
         dead_weights: those of them without weight.
@@ -108,6 +110,7 @@ class LayerReport:
     levels: tuple[Estimate, ...] = ()
     levels_apart: Estimate | None = None
     level_batches: bool = False
+    level_populations: bool = False
     impossible: tuple[int, ...] = ()
     dead: tuple[int, ...] = ()
     dead_weights: tuple[int, ...] = ()
@@ -309,9 +312,8 @@ def _describe(model: nn.Module, name: str, layer: Any) -> LayerReport:
         is_initial=untouched_statistics and not own_weights,
         is_folded=untouched_statistics and own_weights,
         impossible=_indices(~(torch.isfinite(mean + var) & (var >= 0))),
-        level_batches=isinstance(owner, LevelBatchNorm2d)
-        and owner.options.train == "separate"
-        and owner.options.population == "shared",
+        level_batches=_levels_of(owner) == ("separate", "shared"),
+        level_populations=_levels_of(owner) == ("shared", "separate"),
     )
 
 
@@ -330,8 +332,15 @@ def _sharing(layer: nn.Module, owner: nn.Module) -> str:
     return f"{name}, level" if each_level else name
 
 
+def _levels_of(owner: nn.Module) -> tuple[str, str] | None:
+    """How levels are normalized in training, and at inference."""
+    if not isinstance(owner, LevelBatchNorm2d):
+        return None
+    return owner.options.train, owner.options.population
+
+
 def _share_everything(module: LevelBatchNorm2d) -> bool:
-    return module.options.train == module.options.population == "shared"
+    return _levels_of(module) == ("shared", "shared")
 
 
 def _measure(report: LayerReport, layer: Any, precise: PopulationStatistics, seen: _Inputs) -> None:

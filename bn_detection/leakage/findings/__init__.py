@@ -9,6 +9,7 @@ import pkgutil
 
 from .bn103_far_from_data import stale
 from .bn202_levels_apart import apart_in_training
+from .bn205_levels_together import together_in_training
 from .bn302_frozen_of_other_data import frozen_far
 from .finding import Evidence, Examined, Finding, as_yaml
 from .fixes import combined
@@ -33,4 +34,5 @@ __all__ = [
     "frozen_far",
     "register_finding",
     "stale",
+    "together_in_training",
 ]

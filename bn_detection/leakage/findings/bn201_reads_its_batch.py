@@ -93,7 +93,6 @@ def _judge(
         of_head(examined, carriers, layers),
         "Train again with batches that say nothing about an RoI's own image. That gains about the "
         "cost if the training is long enough to learn the class without its batch, else less; "
-        "BN.INFERENCE batch gives this checkpoint back what it read."
-        + (_AGAIN if some else ""),
+        "BN.INFERENCE batch gives this checkpoint back what it read." + (_AGAIN if some else ""),
         cost=lost_ap if lost_ap is not None and lost_ap.exceeds(0) else None,
     )
