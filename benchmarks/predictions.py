@@ -251,8 +251,10 @@ class Runner:
             of_batch = {"BN": {"INFERENCE": "batch"}}
             yield WITH_BATCH, self.detections(name, f"{folder} batch", weights, of_batch)
         if folder not in RECALIBRATED:
-            again = self.train(name, folder, fix)
-            yield TRAINED, self.detections(name, folder, again, fix)
+            # On other images than those of its training, another training is another model.
+            if CASES[name].trains:
+                again = self.train(name, folder, fix)
+                yield TRAINED, self.detections(name, folder, again, fix)
             return
         mix = ["--mix", "auto"] if folder == "BN302" else []
         modules = {"BN": {"MODULES": finding["layers"]}} if mix else fix
