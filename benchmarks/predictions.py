@@ -256,8 +256,9 @@ class Runner:
                 again = self.train(name, folder, fix)
                 yield TRAINED, self.detections(name, folder, again, fix)
             return
-        mix = ["--mix", "auto"] if folder == "BN302" else []
-        modules = {"BN": {"MODULES": finding["layers"]}} if mix else fix
+        # Frozen layers take part in a mixture alone.
+        mix = ["--mix", "auto"] if "BN.CONVERT" in CASES[name].overrides else []
+        modules = {"BN": {"MODULES": finding["layers"]}} if folder == "BN302" else fix
         output = self._folder / name / folder / "recalibrated.pth"
         self.run(
             output,
