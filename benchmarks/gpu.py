@@ -829,7 +829,7 @@ def leak(plan: Plan, results: Results, deadline: Deadline) -> None:
         speed = _speed(_leak_config(plan, folder, "bn", plan.most_iterations), plan)
         release(plan.device)
         fit = int(0.95 * training.left() / 2 / speed)
-        iterations = min(max(fit, 1), plan.most_iterations)
+        iterations = min(max(fit, 2), plan.most_iterations)  # one before its step size falls
         for norm in ("bn", "shuffle"):
             progress(f"leak, {norm}: {iterations} iterations")
             cfg = _leak_config(plan, folder, norm, iterations)

@@ -411,7 +411,9 @@ def draw(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.set_xlabel("likely cost that the finding names, points of box AP")
         axes.margins(0.12)
     both[0].set_ylabel("box AP gained by the cure, points")
-    for label, color in {**COLORS, "no cost named, or no finding": "0.6"}.items():
+    found = {o["finding"] for o in every}
+    colors = {name: color for name, color in COLORS.items() if name in found}
+    for label, color in {**colors, "no finding": "0.6"}.items():
         both[1].plot([], [], color=color, marker="o", ls="", label=label)
     both[1].legend(loc="upper left", frameon=False, fontsize=8)
     figure.tight_layout()
