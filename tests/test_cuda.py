@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -27,13 +28,18 @@ import torch.multiprocessing as mp
 from detectron2.layers import ShapeSpec
 from detectron2.utils.events import EventStorage
 from reference import clock, ghosts, normalize, relative_error, shuffled, step
+from test_pretend_cuda import TRAININGS
+from test_pretend_cuda import train as train_by_name
 from test_recalibrate import load as load_checkpoint
 from test_recalibrate import run as recalibrate_checkpoint
+from tiny_detectors import items, tiny_rcnn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from training import build_trainer, make_images, train
 
-from bn_detection.heads import BNConvFCHead, BNConvUpsampleHead, BNOptions
+import bn_detection
+from bn_detection.cli import main
+from bn_detection.heads import BNConvFCHead, BNConvUpsampleHead, BNOptions, TimmBackbone
 from bn_detection.leakage import measure_leakage
 from bn_detection.norm import (
     INFERENCE,
@@ -706,3 +712,101 @@ def test_recalibration_is_that_of_the_cpu(data: Path, tmp_path: Path) -> None:
     for name, expected in on_the_cpu.items():
         tolerance = 1e-3 if "running_" in name else 0
         assert relative_error(on_device[name].cpu(), expected) <= tolerance, name
+
+
+def test_trials_of_a_diagnosis_are_those_of_the_cpu(data: Path, tmp_path: Path) -> None:
+    """Far statistics of a box head are found, and AP with others is measured."""
+    found = []
+    for cfg, model, _ in detectors(data, tmp_path):
+        model.roi_heads.box_head.conv1.norm.running_mean.fill_(5.0)
+        folder = Path(cfg.OUTPUT_DIR)
+        torch.save({"model": on_cpu(model.state_dict())}, folder / "weights.pth")
+        (folder / "config.yaml").write_text(cfg.dump())
+        options = ("--config-file", folder / "config.yaml", "--output-dir", folder / "diagnosis")
+        weights = ("MODEL.WEIGHTS", folder / "weights.pth")
+        main(["diagnose", *map(str, (*options, "--quick", *weights))])
+        found.append(json.loads((folder / "diagnosis" / "diagnosis.json").read_text()))
+    on_the_cpu, on_device = found
+    for kind in ("findings", "notes"):
+        assert [x["id"] for x in on_device[kind]] == [x["id"] for x in on_the_cpu[kind]]
+    assert "BN103" in {x["id"] for kind in ("findings", "notes") for x in on_device[kind]}
+    assert not on_device["left_out"]
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_every_kind_of_training_ends(name: str, data: Path, tmp_path: Path) -> None:
+    """With its population statistics, frozen ending, trace, evaluation and checkpoint."""
+    trainer = train_by_name(data, tmp_path, name, str(DEVICE))
+    state = trainer.model.state_dict()
+    assert {value.device.type for value in state.values()} == {DEVICE.type}
+    assert all(torch.isfinite(value).all() for value in state.values())
+    assert (Path(trainer.cfg.OUTPUT_DIR) / "model_final.pth").exists()
+
+
+# ---------------------------------------------------------------------------------------------
+# Detectors of any kind
+# ---------------------------------------------------------------------------------------------
+
+
+def of_torchvision() -> Iterator[nn.Module]:
+    """The same on the CPU and the device, with the same random RoIs."""
+    for device in (CPU, DEVICE):
+        with mock.patch.object(torch, "randperm", _drawn_on_the_cpu(torch.randperm)):
+            yield tiny_rcnn().to(device)
+
+
+def test_any_detector_is_measured_as_on_the_cpu() -> None:
+    on_the_cpu, on_device = (
+        bn_detection.measure_leakage(model, items(), images_per_worker=2)
+        for model in of_torchvision()
+    )
+    assert on_device.modes.keys() == on_the_cpu.modes.keys()
+    for mode, metrics in on_the_cpu.modes.items():
+        assert on_device.modes[mode]["box_ap"].value == pytest.approx(
+            metrics["box_ap"].value, abs=1.0
+        )
+
+
+def test_any_detector_is_recalibrated_as_on_the_cpu() -> None:
+    states = []
+    for model in of_torchvision():
+        bn_detection.recalibrate(model, items(labels=False))
+        states.append(model.state_dict())
+    assert_alike(states[1], states[0], 1e-3)
+    assert all(value.device.type == DEVICE.type for value in states[1].values())
+
+
+def test_any_detector_is_diagnosed_as_on_the_cpu() -> None:
+    found = []
+    for model in of_torchvision():
+        model.roi_heads.box_head[0][1].running_mean.fill_(5.0)
+        diagnosis = bn_detection.diagnose(model, items(), images_per_worker=1)
+        found.append([one.id for one in (*diagnosis.findings, *diagnosis.notes)])
+        assert "BN103" in found[-1] and not diagnosis.left_out
+    assert found[0] == found[1]
+
+
+def test_converted_detector_of_torchvision_trains() -> None:
+    _, model = of_torchvision()
+    options = BNOptions(virtual_workers=2)
+    bn_detection.convert_norm(model, "ShuffleBN", "roi_heads.*", options=options)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for number in range(2):
+        images, targets = zip(*items()[2 * number : 2 * number + 2], strict=True)
+        on_device = [{key: value.to(DEVICE) for key, value in t.items()} for t in targets]
+        with EventStorage(number):
+            sum(model([image.to(DEVICE) for image in images], on_device).values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+
+
+def test_backbone_of_timm_is_that_of_the_cpu() -> None:
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    backbone = TimmBackbone(name="efficientnet_lite0", norm="FrozenBN").eval()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = backbone(images)
+        found = backbone.to(DEVICE)(images.to(DEVICE))
+    assert_alike(found, expected, 1e-4)

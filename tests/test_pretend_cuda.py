@@ -10,9 +10,11 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from pretend_cuda import CUDA, pretend_cuda
+from tiny_detectors import items, tiny_rcnn
 from torch import nn
 from training import RETINANET, build_trainer, make_images
 
+import bn_detection
 from bn_detection import cli
 from bn_detection.engine import Trainer, diagnosis, recalibration
 from bn_detection.engine.setup import register_datasets
@@ -124,3 +126,28 @@ def test_measurements_on_a_gpu(
     assert (folder / "diagnosis.json").exists() and output.exists()
     tensors = torch.load(output, weights_only=True)["model"]
     assert all(value.device.type == "cpu" for value in tensors.values())
+
+
+def test_any_detector_on_a_gpu() -> None:
+    """Measured, diagnosed with a trial, and recalibrated as on a CPU."""
+
+    def results(model: nn.Module) -> tuple[Any, ...]:
+        model.roi_heads.box_head[0][1].running_mean.fill_(5.0)
+        torch.manual_seed(0)
+        leak = bn_detection.measure_leakage(model, items(), images_per_worker=2)
+        diagnosis = bn_detection.diagnose(model, items(), images_per_worker=1)
+        bn_detection.recalibrate(model, items(labels=False))
+        state = model.state_dict()
+        (device,) = {value.device.type for value in state.values()}
+        assert "BN103" in {one.id for one in (*diagnosis.findings, *diagnosis.notes)}
+        assert not diagnosis.left_out
+        values = {mode: metrics["box_ap"].value for mode, metrics in leak.modes.items()}
+        titles = [one.title for one in (*diagnosis.findings, *diagnosis.notes)]
+        return device, values, titles, {key: value.cpu() for key, value in state.items()}
+
+    on_the_cpu = results(tiny_rcnn())
+    with pretend_cuda():
+        on_gpu = results(tiny_rcnn().to("cuda"))
+    assert (on_the_cpu[0], on_gpu[0]) == ("cpu", "cuda")
+    assert on_gpu[1:3] == on_the_cpu[1:3]
+    torch.testing.assert_close(on_gpu[3], on_the_cpu[3])

@@ -198,11 +198,36 @@ def test_gpus_are_divided_among_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     first, second, third = (one.log.read_text().strip() for one in tasks)
     assert {first, second} == {"2,3", "5,7"}
     assert third in (first, second)
-    with pytest.raises(ConfigError, match=r"--jobs 3 with 2 worker.*needs 6 GPUs; there are 4"):
-        LocalExecutor(3, workers=2, device="cuda")
     for jobs in (None, 1):
         with pytest.raises(ConfigError, match=r"of 8 workers.* there are 4: write workers: 4"):
             LocalExecutor(jobs, workers=8, device="cuda")
+
+
+@pytest.mark.timeout(60)
+def test_more_jobs_than_gpus_share_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each new one goes where the fewest run."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    code = "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); time.sleep({})"
+    tasks = [task(tmp_path, f"{k}", code.format(60 * (k != 1))) for k in range(5)]
+    executor = LocalExecutor(4, device="cuda")
+
+    def gpu_of(one: Task) -> str:
+        while not (one.log.exists() and one.log.read_text().strip()):
+            time.sleep(0.02)
+        return one.log.read_text().strip()
+
+    try:
+        for one in tasks[:4]:
+            executor.start(one)
+        found = [gpu_of(one) for one in tasks[:4]]
+        assert sorted(found[:2]) == sorted(found[2:]) == ["0", "1"]
+        while executor.status(tasks[1]) is None:
+            time.sleep(0.02)
+        executor.start(tasks[4])
+        assert gpu_of(tasks[4]) == found[1]
+    finally:
+        executor.cancel()
 
 
 RUNNER = """

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="tasks at once; default: as many as there are cores, or GPUs, for the workers of "
-        "each; with Slurm, all",
+        "each; more share the GPUs; with Slurm, all",
     )
     parser.add_argument(
         "--minutes",

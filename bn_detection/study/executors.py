@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,8 @@ class Executor:
 class LocalExecutor(Executor):
     """Runs each task in processes of this machine, which end with this one.
 
-    Where there are GPUs, each of the ``jobs`` places has its own.
+    Where there are GPUs, each worker of a task has one, shared with other tasks only if ``jobs``
+    are more than there are GPUs for.
 
     Args:
         jobs: tasks at once; None for as many as there are cores, or GPUs, for the workers of each.
@@ -118,7 +120,7 @@ class LocalExecutor(Executor):
         folder: of the study, from which jobs of Slurm may have been submitted.
 
     Raises:
-        ConfigError: there are fewer GPUs than these tasks need at once.
+        ConfigError: there are fewer GPUs than a task has workers.
     """
 
     seconds_between_polls = 0.2
@@ -142,14 +144,9 @@ class LocalExecutor(Executor):
                 f"{len(gpus)}: write workers: {len(gpus)} into its file (BN.VIRTUAL_WORKERS lets "
                 f"them stand for {workers}), or add MODEL.DEVICE cpu."
             )
-        if gpus and self.jobs * workers > len(gpus):
-            raise ConfigError(
-                f"--jobs {self.jobs} with {workers} worker(s) each needs {self.jobs * workers} "
-                f"GPUs; there are {len(gpus)}: give at most --jobs {max(1, len(gpus) // workers)}."
-            )
-        each = len(gpus) // self.jobs
-        self._gpus = [gpus[k * each : (k + 1) * each] for k in range(self.jobs)]
-        self._running: dict[Task, tuple[subprocess.Popen[bytes], list[str]]] = {}
+        starts = range(0, len(gpus) - workers + 1, workers)
+        self._gpus = Counter({",".join(gpus[k : k + workers]): 0 for k in starts})
+        self._running: dict[Task, tuple[subprocess.Popen[bytes], str]] = {}
 
     def find(self, tasks: Collection[Task]) -> dict[Task, str]:
         """None: they ended with the runner that started them.
@@ -176,8 +173,9 @@ class LocalExecutor(Executor):
         return {}
 
     def start(self, task: Task, keep: Sequence[int] = ()) -> None:
-        gpus = self._gpus.pop()
-        devices = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+        gpus = min(self._gpus, key=self._gpus.__getitem__, default="")
+        self._gpus[gpus] += 1
+        devices = {"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}
         started = subprocess.Popen(
             self._program(task, os.getpid(), keep),
             stdin=subprocess.DEVNULL,
@@ -191,7 +189,7 @@ class LocalExecutor(Executor):
     def status(self, task: Task) -> int | None:
         started, gpus = self._running[task]
         if started.poll() is not None:
-            self._gpus.append(gpus)
+            self._gpus[gpus] -= 1
             del self._running[task]
         return started.returncode
 
