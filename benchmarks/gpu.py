@@ -76,6 +76,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 WORKERS = 8
+#: Of the tests, those of whole heads, detectors and trainings.
+WHOLE = "detector or training or of_the_cpu"
 BASELINE = "nn.BatchNorm2d"
 Results = dict[str, Any]
 
@@ -154,7 +156,8 @@ def full_plan(device: str) -> Plan:
             "triton and float32",
             "triton and not float32",
             "not triton and not compiled and partition",
-            "not triton and not compiled and not partition",
+            f"not triton and not compiled and not partition and ({WHOLE})",
+            f"not triton and not compiled and not partition and not ({WHOLE})",
         ),
         shapes=((4096, 256, 7, 7), (1024, 256, 14, 14)),
         dtypes=("float32", "bfloat16"),
