@@ -938,7 +938,7 @@ PARTS = {
     "b": Part("The layer alone", 50, layer_alone),
     "c": Part("The heads of one worker of eight", 40, heads),
     "d": Part("An iteration of Mask R-CNN", 70, detectors),
-    "e": Part("The leak", 500, leak),
+    "e": Part("The leak", 400, leak),
 }
 #: Of all parts, with some seconds of nine minutes left to start and to end. So the last part has
 #: at least 250.
