@@ -704,7 +704,9 @@ def test_recalibration_is_that_of_the_cpu(data: Path, tmp_path: Path) -> None:
         for split in ("train", "val"):
             (folder / split).symlink_to(data / split)
         torch.save({"model": on_cpu(model.state_dict())}, folder / "weights.pth")
-        options = ("BN.POPULATION.ROIS", "inference", "MODEL.DEVICE", cfg.MODEL.DEVICE)
+        options = ["BN.POPULATION.ROIS", "inference", "MODEL.DEVICE", cfg.MODEL.DEVICE]
+        for key in ("CONV_DIM", "FC_DIM"):
+            options += [f"MODEL.ROI_BOX_HEAD.{key}", cfg.MODEL.ROI_BOX_HEAD[key]]
         recalibrate_checkpoint(folder, folder / "precise.pth", *options)
         saved.append(load_checkpoint(folder / "precise.pth"))
     on_the_cpu, on_device = saved

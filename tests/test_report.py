@@ -209,6 +209,21 @@ def test_the_reading_says_what_the_intervals_support(tmp_path: Path) -> None:
     assert any(sentence.startswith("2 differences were compared") for sentence in sentences)
 
 
+@pytest.mark.parametrize(("number", "end"), [(9, "and R8 (+4.5"), (10, "and 2 others cannot")])
+def test_a_long_list_ends_with_how_many_more(number: int, end: str, tmp_path: Path) -> None:
+    """Of one more the name is no longer."""
+    runs = ["BN", *(f"R{k}" for k in range(number))]
+    study = make_study(tmp_path, runs, [1, 2], head="baseline: BN")
+    results = {}
+    for run in runs:
+        for seed in study.seeds:
+            cell = Cell(run, "population", seed)
+            results[cell] = write_ap(tmp_path, cell, bbox=30 + runs.index(run) * (9 * seed - 13))
+    sentences = read_results(collect_results(study, results, tmp_path))
+    (named,) = [each for each in sentences if each.startswith('Box AP under "population"')]
+    assert end in named, named
+
+
 def test_what_is_equal_in_every_seed_could_not_be_told_by_chance(tmp_path: Path) -> None:
     study = make_study(tmp_path, ["BN", "GN", "SyncBN", "none"], [1, 2])
     results = {}

@@ -201,8 +201,8 @@ def _parts(told: dict[int, list[str]], signed: dict[str, str], reference: str) -
 
 def _named(names: Sequence[str]) -> str:
     shown = list(names[:_MOST_NAMED])
-    if len(names) > _MOST_NAMED:
-        shown.append(f"{len(names) - _MOST_NAMED:,} others")
+    if (more := len(names) - _MOST_NAMED) > 0:
+        shown.append(names[-1] if more == 1 else f"{more:,} others")
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
 
 
