@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,15 @@ def test_a_part_is_stopped_when_its_time_is_over() -> None:
     with gpu.time_limit(0.2):
         pass
     time.sleep(0.3)
+
+
+@pytest.mark.timeout(100)
+def test_processes_of_a_part_end_with_it() -> None:
+    start = time.monotonic()
+    with pytest.raises(TimeoutError), gpu.time_limit(5), gpu.processes(1) as pool:
+        pool.submit(time.sleep, 90).result()
+    assert time.monotonic() - start < 60
+    assert not active_children()
 
 
 class _Event:
