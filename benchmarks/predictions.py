@@ -31,6 +31,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import yaml
 from detectron2.data import MetadataCatalog
+from matplotlib.transforms import Bbox
 from pycocotools.coco import COCO
 from scipy.stats import spearmanr
 
@@ -392,10 +393,14 @@ def _overlap(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
 
 
 def draw(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """What was predicted, and what came: of cures without training, and of other trainings."""
+    """What was predicted, and what came: of cures without training, and of other trainings.
+
+    A name that would lie over another one is left out.
+    """
     every = [{**o, "case": case["case"]} for case in cases for o in case["outcomes"]]
     figure, both = plt.subplots(1, 2, figsize=(11, 5.2), sharex=True, sharey=True)
     titles = ("without training: recalibrated, or with the batch", "trained again with the YAML")
+    labels = []
     for axes, title, trained in zip(both, titles, (False, True), strict=True):
         for o in every:
             if (o["cure"] == TRAINED) != trained:
@@ -404,7 +409,8 @@ def draw(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
             color = COLORS[o["finding"]] if o["predicted"] else "0.6"
             (x, x_ends), (y, y_ends) = map(_bars, (predicted, o["gain"]))
             axes.errorbar(x, y, y_ends, x_ends, color=color, marker="o", ms=4, lw=1, capsize=2)
-            axes.annotate(o["case"], (x, y), (5, 3), textcoords="offset points", size=7)
+            place = {"textcoords": "offset points", "size": 7}
+            labels.append((x, axes.annotate(o["case"], (x, y), (5, 3), **place)))
         axes.axline((0, 0), slope=1, color="0.7", lw=1, zorder=0)
         axes.axhline(0, color="0.85", lw=1, zorder=0)
         axes.set_title(title, size=10)
@@ -417,6 +423,12 @@ def draw(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
         both[1].plot([], [], color=color, marker="o", ls="", label=label)
     both[1].legend(loc="upper left", frameon=False, fontsize=8)
     figure.tight_layout()
+    figure.canvas.draw()
+    shown: list[Bbox] = []
+    for _, label in sorted(labels, key=lambda pair: -pair[0]):
+        box = label.get_window_extent()
+        label.set_visible(not any(box.overlaps(other) for other in shown))
+        shown += [box] * label.get_visible()
     with replacing(path) as unfinished:
         figure.savefig(unfinished, format="png", dpi=110)
 
