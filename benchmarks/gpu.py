@@ -842,12 +842,14 @@ def leak(plan: Plan, results: Results, deadline: Deadline) -> None:
 def processes(number: int) -> Iterator[ProcessPoolExecutor]:
     """New ones, which are killed where an error, such as the end of the time, leaves this."""
     quiet = {"initializer": logging.disable, "initargs": (logging.INFO,)}
+    others = {process.pid for process in active_children()}
     with ProcessPoolExecutor(number, get_context("spawn"), **quiet) as pool:
         try:
             yield pool
         except BaseException:
             for process in active_children():
-                process.kill()
+                if process.pid not in others:
+                    process.kill()
             raise
 
 

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from multiprocessing import active_children
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -218,11 +218,19 @@ def test_a_part_is_stopped_when_its_time_is_over() -> None:
 
 @pytest.mark.timeout(100)
 def test_processes_of_a_part_end_with_it() -> None:
+    """And no others."""
     start = time.monotonic()
-    with pytest.raises(TimeoutError), gpu.time_limit(5), gpu.processes(1) as pool:
-        pool.submit(time.sleep, 90).result()
-    assert time.monotonic() - start < 60
-    assert not active_children()
+    other = get_context("spawn").Process(target=time.sleep, args=(90,))
+    other.start()
+    before = {process.pid for process in active_children()}
+    try:
+        with pytest.raises(TimeoutError), gpu.time_limit(5), gpu.processes(1) as pool:
+            pool.submit(time.sleep, 90).result()
+        assert time.monotonic() - start < 60
+        assert {process.pid for process in active_children()} == before
+    finally:
+        other.kill()
+        other.join()
 
 
 class _Event:
