@@ -1001,7 +1001,7 @@ def run_part(name: str, plan: Plan, limit: float) -> Results:
 def run_in_new_process(name: str, plan: Plan, limit: float) -> Results:
     """As :func:`run_part`: a kernel's access to wrong memory costs a process its GPU."""
     start = time.perf_counter()
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    with processes(1) as pool:
         try:
             return pool.submit(run_part, name, plan, limit).result()
         except BrokenProcessPool:
